@@ -1,0 +1,170 @@
+"""The rolling cache: a sliding layer keeps `n_sink + window` slots for ever, a full layer is a ring that never wraps.
+
+    window = 4, n_sink = 1, after 8 tokens        slot      0 | 1 2 3 4
+                                                  holds     0 | 5 6 7 4     position p > 0 lives in slot 1 + (p - 1) % 4
+
+Which position a slot holds follows from the number of tokens seen, so positions are derived and never stored; slots may
+be in any order, since attention is told the position of each key.
+
+Dimensions: B batch, K KV heads, S slots, T incoming tokens, D head_dim.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from model.step import EMPTY, Step
+
+
+def n_slots(window: int | None, n_sink: int, max_length: int) -> int:
+    """Slots that a layer needs for sequences of up to max_length tokens."""
+    return max_length if window is None else min(max_length, n_sink + window)
+
+
+def slot_positions(n_seen: Tensor, n_slots: int, n_sink: int) -> Tensor:
+    """(B,) tokens seen -> (B, S) the position that each slot holds, EMPTY where it holds none."""
+    slot = torch.arange(n_slots, device=n_seen.device)
+    last = n_seen[:, None] - 1
+    pinned = slot < n_sink
+    rolling = last - (last - slot) % (n_slots - n_sink)  # the newest position of this slot's residue class
+    pos = torch.where(pinned, slot, rolling)
+    held = (pos <= last) & (pinned | (rolling >= n_sink))
+    return torch.where(held, pos, EMPTY)  # (B, S)
+
+
+class LayerState(Protocol):
+    """What a mixer keeps of the past: its own object, opaque to everything but itself."""
+
+    max_length: int | None  # None: holds a sequence of any length
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def fork(self, n: int) -> Self: ...
+
+
+class KVCache:
+    """Keys and values of one layer, in pre-allocated slots."""
+
+    def __init__(self, k: Tensor, v: Tensor, *, n_sink: int = 0, max_length: int | None):
+        """k, v: (B, K, S, D) zeros, where S slots are n_sink pinned ones and a ring; max_length None: it may wrap."""
+        self.k, self.v = k, v
+        self.n_slots = k.shape[2]
+        self.n_sink = min(n_sink, self.n_slots - 1)  # with fewer slots than sinks nothing ever wraps
+        self.max_length = max_length
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def fork(self, n: int) -> "KVCache":
+        k, v = (x.repeat_interleave(n, dim=0) for x in (self.k, self.v))
+        return KVCache(k, v, n_sink=self.n_sink, max_length=self.max_length)
+
+    def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Store (B, K, T, D) new keys and values; return all that their queries may see, and (B or 1, keys) positions."""
+        T, held = k.shape[2], min(self.n_slots, step.past_bound)
+        if not step.padded and (T == 1 or step.past_bound + T <= self.n_slots):
+            self._write(k, v, step)  # evicts nothing that these queries see
+            held = min(self.n_slots, step.past_bound + T)
+            return self.k[:, :, :held], self.v[:, :, :held], self._positions(step, after=True)[:, :held]
+        if held == 0:
+            self._write(k, v, step)
+            return k, v, step.pos
+        # A chunk reads before it writes: its first queries need keys that its last ones evict.
+        k_pos = self._positions(step, after=False)[:, :held]
+        rows = max(k_pos.shape[0], step.pos.shape[0])
+        seen = (
+            torch.cat((self.k[:, :, :held], k.to(self.k.dtype)), dim=2),
+            torch.cat((self.v[:, :, :held], v.to(self.v.dtype)), dim=2),
+            torch.cat((k_pos.expand(rows, -1), step.pos.expand(rows, -1)), dim=1),
+        )
+        self._write(k, v, step)
+        return seen
+
+    def _positions(self, step: Step, *, after: bool) -> Tensor:
+        """(B or 1, S) what the slots hold before or after this step: the same for all layers of one shape."""
+        assert step.past is not None
+        n_seen = step.past + step.added if after else step.past
+        return step.once(
+            ("slot_positions", self.n_slots, self.n_sink, after),
+            lambda: slot_positions(n_seen, self.n_slots, self.n_sink),
+        )
+
+    def _slot(self, pos: Tensor) -> Tensor:
+        """The slot of each position."""
+        rolling = self.n_sink + (pos - self.n_sink) % (self.n_slots - self.n_sink)
+        return torch.where(pos < self.n_sink, pos, rolling) if self.n_sink else rolling
+
+    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
+        if step.uniform:
+            self._write_uniform(k, v, step)
+        else:
+            self._write_ragged(k, v, step)
+
+    def _write_uniform(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """All rows at the same positions: copy the tokens that stay, the sinks and the last of the ring."""
+        T = k.shape[2]
+        n_ring = self.n_slots - self.n_sink
+        sinks = 0 if T == 1 else min(T, max(0, self.n_sink - step.past_bound))
+        for part in (slice(0, sinks), slice(max(sinks, T - n_ring), T)):
+            if part.start < part.stop:
+                slot = self._slot(step.pos[0, part])
+                self.k.index_copy_(2, slot, k[:, :, part].to(self.k.dtype))
+                self.v.index_copy_(2, slot, v[:, :, part].to(self.v.dtype))
+
+    def _write_ragged(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """Rows at their own positions: each slot that may change asks which new token, if any, it now holds."""
+        assert step.past is not None
+        T, n_ring = k.shape[2], self.n_slots - self.n_sink
+        n = min(T, n_ring)
+        end = (step.past + step.added)[:, None]  # (B, 1)
+        pos = (
+            end - n + torch.arange(n, device=end.device)
+        )  # (B, n) the last n positions, each in a ring slot of its own
+        slot = self.n_sink + (pos - self.n_sink) % n_ring
+        if self.n_sink:
+            pinned = torch.arange(self.n_sink, device=end.device).expand(len(end), -1)
+            pos = torch.cat((pinned, torch.where(pos < self.n_sink, EMPTY, pos)), dim=1)
+            slot = torch.cat((pinned, slot), dim=1)
+        new = ((pos >= step.past[:, None]) & (pos < end) & (pos >= 0))[:, None, :, None]
+        source = (pos - step.past[:, None]).clamp(0, T - 1)[:, None, :, None]  # (B, 1, n, 1) its index among the new
+        slot = slot[:, None, :, None]
+        for store, x in ((self.k, k), (self.v, v)):
+            B, K, _, D = store.shape
+            to, at = slot.expand(B, K, -1, D), source.expand(B, K, -1, D)
+            store.scatter_(2, to, torch.where(new, x.to(store.dtype).gather(2, at), store.gather(2, to)))
+
+
+class Cache:
+    """All layers' states, and how far each row has come."""
+
+    def __init__(self, layers: Iterable[LayerState], batch_size: int, device: torch.device | str):
+        self.layers = list(layers)
+        self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) tokens seen, advanced in place
+        self.length = 0  # the largest of them at most, known without reading the device
+        self.ragged = False  # rows may have come to different positions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every layer's state; the counter `pos` apart."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens it can see in all; None where every layer rolls."""
+        return min((n for layer in self.layers if (n := layer.max_length) is not None), default=None)
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        self.pos.zero_()
+        self.length, self.ragged = 0, False
+
+    def fork(self, n: int) -> "Cache":
+        """A copy with every row n times, for several continuations of one prompt."""
+        forked = Cache((layer.fork(n) for layer in self.layers), 0, self.pos.device)
+        forked.pos = self.pos.repeat_interleave(n)
+        forked.length, forked.ragged = self.length, self.ragged
+        return forked

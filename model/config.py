@@ -1,0 +1,162 @@
+"""ModelConfig: every number of a network, checked together before anything is allocated."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model.mixers import MIXERS
+from model.mixers.attention import AttentionSpec
+
+T = TypeVar("T")
+PerKind = T | dict[str, T]  # one value for every layer, or a table by word of the pattern: {full = 1e6, swa = 1e4}
+
+
+class ModelConfig(BaseModel):
+    """A network's shape. Frozen; building one that cannot work raises with the key and its value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int | None = Field(None, ge=2, description="rows of the embedding; none: as many as the tokenizer has")
+    block_size: int = Field(256, ge=1, description="training context in tokens")
+    n_layer: int = Field(6, ge=1, description="number of layers")
+    n_head: int = Field(6, ge=1, description="query heads per layer")
+    n_kv_head: int | None = Field(
+        None, ge=1, description="KV heads: n_head is MHA, 1 is MQA, between is GQA; none: n_head"
+    )
+    n_embd: int = Field(384, ge=1, description="width of the residual stream")
+    head_dim: int | None = Field(None, ge=1, description="width of a head; none: n_embd / n_head")
+
+    pattern: str = Field("full", description='mixer of each layer, tiled over depth: "full", "swa*5 full", or "5:1"')
+    window: int | None = Field(None, ge=1, description="keys that a query of an swa layer sees, itself included")
+    window_everywhere: int | None = Field(
+        None, ge=1, description="window of every layer, full ones too: how a trained model is decoded through a window"
+    )
+    n_sink: int = Field(0, ge=0, description="first tokens that stay visible in sliding layers whatever the window")
+
+    position: PerKind[Literal["rope", "learned", "none"]] = Field(
+        "rope", description="how positions enter: rope, learned (whole model), none; or a table by kind of layer"
+    )
+    rope_base: PerKind[float] = Field(10_000.0, description="RoPE base; or a table by kind of layer")
+    qk_norm: bool = Field(True, description="RMSNorm on each query and key head")
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before each sublayer")
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
+    mlp: Literal["swiglu", "gelu", "relu2"] = Field("swiglu", description="feed-forward layer")
+    mlp_width: int | None = Field(
+        None, ge=1, description="hidden width of it; none: 4 n_embd, for swiglu 8/3 n_embd rounded up to 64"
+    )
+    bias: bool = Field(False, description="biases in linear layers and layernorms")
+    tie_embeddings: bool = Field(True, description="lm_head shares the weights of wte")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and on what each sublayer adds")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}), or head_dim be given"
+            )
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+        kinds = set(self.kinds)
+        for key in ("position", "rope_base"):
+            table = getattr(self, key)
+            if isinstance(table, dict):
+                if unknown := set(table) - set(MIXERS):
+                    raise ValueError(f"{key}.{unknown.pop()} is no kind of layer; the kinds are {', '.join(MIXERS)}")
+                if missing := kinds - set(table):
+                    raise ValueError(
+                        f"{key} says nothing of {missing.pop()} layers, which pattern ({self.pattern!r}) has"
+                    )
+        if isinstance(self.position, dict) and "learned" in self.position.values():
+            raise ValueError("position = learned is one table for the whole model, it cannot be given by kind of layer")
+        for kind in kinds:
+            if self.of_kind("rope_base", kind) <= 0:
+                raise ValueError(f"rope_base ({self.rope_base}) must be above 0")
+            if self.of_kind("position", kind) == "rope" and self.head_width % 2:
+                raise ValueError(f"RoPE rotates pairs: head_dim ({self.head_width}) must be even")
+        if "swa" in kinds and self.window is None:
+            raise ValueError(f"pattern ({self.pattern!r}) has swa layers: give window, the number of keys a query sees")
+        return self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The word of each layer: the pattern tiled over depth and cut at n_layer."""
+        words = expand_pattern(self.pattern)
+        return tuple(words[i % len(words)] for i in range(self.n_layer))
+
+    @property
+    def layers(self) -> tuple[AttentionSpec, ...]:
+        """The expanded pattern: all that each layer's mixer is built from."""
+        return tuple(MIXERS[kind].spec_from(self, kind) for kind in self.kinds)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return -(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
+
+    @property
+    def vocab(self) -> int:
+        """vocab_size, known: building a network without it is a bug of the caller."""
+        assert self.vocab_size is not None, "vocab_size comes from the tokenizer: model_copy(update={'vocab_size': n})"
+        return self.vocab_size
+
+    def of_kind(self, key: str, kind: str):
+        """The value of a per-kind setting for one kind of layer."""
+        value = getattr(self, key)
+        return value[kind] if isinstance(value, dict) else value
+
+    def sliding(self, window: int, n_sink: int) -> Self:
+        """The same weights with every layer sliding, whatever it was trained as. Raises as building does."""
+        return type(self)(**(self.model_dump() | {"window_everywhere": window, "n_sink": n_sink}))
+
+    def notes(self) -> Iterator[str]:
+        """What is allowed and probably not meant, one line each."""
+        windows = [spec.window for spec in self.layers if spec.window is not None]
+        if self.window is not None and "swa" not in self.kinds:
+            yield f"window ({self.window}) is used by no layer: pattern ({self.pattern!r}) has no swa"
+        if self.n_sink and not windows:
+            yield f"n_sink ({self.n_sink}) is used by no layer: pattern ({self.pattern!r}) has no swa"
+        if windows and min(windows) >= self.block_size:
+            yield f"window ({min(windows)}) covers block_size ({self.block_size}): in training every layer sees all"
+
+
+def expand_pattern(pattern: str) -> tuple[str, ...]:
+    """One period of a pattern as words: "swa*2 full" and "2:1" are both ("swa", "swa", "full"). ValueError if malformed."""
+    if ":" in pattern:
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)
+        if not match or (n_swa := int(match[1])) + (n_full := int(match[2])) < 1:
+            raise ValueError(
+                f'pattern ({pattern!r}): a ratio is "a:b", a swa layers to b full ones, a + b >= 1, as "5:1"'
+            )
+        return ("swa",) * n_swa + ("full",) * n_full
+    words: list[str] = []
+    for item in pattern.split():
+        match = re.fullmatch(r"(\w+)(?:\*([1-9]\d*))?", item)
+        if not match or match[1] not in MIXERS:
+            near = difflib.get_close_matches(item.split("*")[0], MIXERS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f'pattern ({pattern!r}): {item!r} is no layer; words are {", ".join(MIXERS)}, as "swa*5 full"{hint}'
+            )
+        words += [match[1]] * int(match[2] or 1)
+    if not words:
+        raise ValueError(f'pattern ({pattern!r}) is empty; words are {", ".join(MIXERS)}, as "swa*5 full" or "5:1"')
+    return tuple(words)
+
+
+def describe_layers(layers: tuple[AttentionSpec, ...]) -> str:
+    """The expanded layers, short: "swa*5 full"."""
+    runs = [(word, len(list(run))) for word, run in groupby(spec.kind for spec in layers)]
+    return " ".join(word if n == 1 else f"{word}*{n}" for word, n in runs)

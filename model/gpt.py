@@ -1,0 +1,146 @@
+"""GPT: a decoder whose layers mix tokens as the pattern says.
+
+Dimensions: B batch, T time, C n_embd, V vocab_size.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.cache import Cache, LayerState
+from model.config import ModelConfig
+from model.errors import UserError
+from model.layers import MLP, make_norm
+from model.loss import cross_entropy
+from model.mixers import MIXERS
+from model.mixers.attention import AttentionSpec
+from model.step import PADDING, Step
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, spec: AttentionSpec):
+        super().__init__()
+        C = config.n_embd
+        self.norm_1 = make_norm(config.norm, C, eps=config.norm_eps, bias=config.bias)
+        self.mixer = MIXERS[spec.kind](spec)
+        self.norm_2 = make_norm(config.norm, C, eps=config.norm_eps, bias=config.bias)
+        self.mlp = MLP(config.mlp, C, config.mlp_hidden, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, step: Step, cache: LayerState | None = None) -> Tensor:
+        x = x + self.dropout(self.mixer(self.norm_1(x), step, cache))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+class GPT(nn.Module):
+    """Tokens to logits, or to their loss. Training and decoding differ by `cache` alone."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, spec) for spec in config.layers)
+        self.ln_f = make_norm(config.norm, config.n_embd, eps=config.norm_eps, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's: normal with 0.02, and what writes to the residual stream smaller with depth."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+        last_only: bool = False,
+    ) -> Tensor:
+        """(B, T) tokens -> (B, T, V) logits; with targets (B, T) their float32 cross-entropy, a mean or (B, T).
+
+        Targets of -100 are ignored. `lengths` (B,) counts the real tokens of right-padded rows. `last_only` returns the
+        logits after each row's last real token, (B, 1, V). With a cache, idx continues what the cache has seen.
+        """
+        step = self._step(idx, cache, lengths)
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(step.pos.clamp(min=0))
+        x = self.dropout(x)
+        for i, block in enumerate(self.h):
+            x = block(x, step, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.pos += step.added
+            cache.length += idx.shape[1]
+        if last_only:
+            x = x[:, -1:] if lengths is None else _last_real(x, lengths)  # (B, 1, C)
+        x = self.ln_f(x)
+        if targets is not None:
+            return cross_entropy(x, self.lm_head.weight, targets, reduction)
+        return self.lm_head(x)
+
+    def _step(self, idx: Tensor, cache: Cache | None, lengths: Tensor | None) -> Step:
+        """Where the incoming tokens stand: the only place that counts positions."""
+        T = idx.shape[1]
+        added = T if lengths is None else lengths
+        self._check_room(added, T, cache)
+        pos = torch.arange(T, device=idx.device)[None]  # (1, T)
+        if cache is None and lengths is None:
+            return Step(pos=pos)
+        past = idx.new_zeros(1) if cache is None else cache.pos
+        if lengths is not None:
+            real = pos < lengths[:, None]
+            pos = torch.where(real, past[:, None] + pos, PADDING)  # (B, T)
+            if cache is not None:
+                cache.ragged = True
+        else:
+            past = past if cache is not None and cache.ragged else past[:1]
+            pos = past[:, None] + pos  # (B or 1, T)
+        return Step(
+            pos=pos,
+            contiguous=lengths is None and (cache is None or cache.length == 0),
+            padded=lengths is not None,
+            past=None if cache is None else past,
+            added=added,
+            past_bound=0 if cache is None else cache.length,
+        )
+
+    def _check_room(self, added: int | Tensor, T: int, cache: Cache | None) -> None:
+        """UserError if this pass goes beyond the learned positions or the cache."""
+        n = T if cache is None else cache.length + T
+        limits = {
+            "the learned positions of this model (block_size); train with position = rope to go further": (
+                None if self.wpe is None else self.wpe.num_embeddings
+            ),
+            "the cache (max_length); make it larger": None if cache is None else cache.max_length,
+        }
+        for what, limit in limits.items():
+            if limit is not None and n > limit:
+                longest = n if cache is None or not cache.ragged else int((cache.pos + added).max())  # n was a bound
+                if longest > limit:
+                    raise UserError(f"{longest} tokens are more than the {limit} of {what}")
+
+    def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
+        """An empty cache for sequences of up to max_length tokens, of the weights' dtype unless another is given."""
+        weight = self.lm_head.weight
+        layers = (b.mixer.new_cache(batch_size, max_length, weight.device, dtype or weight.dtype) for b in self.h)
+        return Cache(layers, batch_size, weight.device)
+
+
+def _last_real(x: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T, C) -> (B, 1, C): each row's last real token."""
+    return x.gather(1, (lengths - 1).clamp(min=0)[:, None, None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,59 @@
+"""What stands between the mixers: norms, MLPs, rotary positions.
+
+Dimensions: B batch, T time, C n_embd, D head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 (1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(name: str, width: int, *, eps: float, bias: bool) -> nn.Module:
+    """ "rmsnorm" or "layernorm" over the last dimension."""
+    return RMSNorm(width, eps) if name == "rmsnorm" else nn.LayerNorm(width, eps=eps, bias=bias)
+
+
+class MLP(nn.Module):
+    """(B, T, C) -> (B, T, C) through a hidden layer: gelu, squared relu (2109.08668), or swiglu (2002.05202)."""
+
+    def __init__(self, kind: str, width: int, hidden: int, bias: bool):
+        super().__init__()
+        self.kind = kind
+        self.c_fc = nn.Linear(width, 2 * hidden if kind == "swiglu" else hidden, bias=bias)
+        self.c_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return self.c_proj(F.silu(gate) * up)
+        return self.c_proj(F.gelu(x) if self.kind == "gelu" else F.relu(x).square())
+
+
+def rope_table(pos: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """(B, T) positions -> cos and sin, each float32 (B, 1, T, D / 2) (2104.09864).
+
+    Angles are float64 where the device has it: at position 10**6 float32 ones are off by 0.02 rad.
+    """
+    wide = torch.float32 if pos.device.type == "mps" else torch.float64
+    exponent = torch.arange(0, head_dim, 2, device=pos.device, dtype=wide) / head_dim
+    angle = pos[:, None, :, None].to(wide) * base**-exponent  # (B, 1, T, D / 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, H, T, D) by its positions: the pairs are elements m and m + D / 2."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
