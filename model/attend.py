@@ -30,7 +30,7 @@ MASK_ELEMENTS = 1 << 22  # the largest piece of a mask that exists at a time
 def visible(q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec) -> Tensor:
     """(B, Tq) and (B, Tk) positions -> bool (B, 1, Tq, Tk), True where the query sees the key: the only definition."""
     q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
-    seen = (0 <= k) & (k <= q)
+    seen = (k >= 0) & (k <= q)
     if spec.window is not None:
         seen &= (q - k < spec.window) | (k < spec.n_sink)
     return seen | ((q == PADDING) & (k == PADDING))  # a row that sees nothing would be NaN on some devices

@@ -64,7 +64,7 @@ class KVCache:
         return KVCache(k, v, n_sink=self.n_sink, max_length=self.max_length)
 
     def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Store (B, K, T, D) new keys and values; return all that their queries may see, and (B or 1, keys) positions."""
+        """Store (B, K, T, D) keys and values; return all their queries may see, with (B or 1, keys) positions."""
         T, held = k.shape[2], min(self.n_slots, step.past_bound)
         if not step.padded and (T == 1 or step.past_bound + T <= self.n_slots):
             self._write(k, v, step)  # evicts nothing that these queries see

@@ -4,19 +4,21 @@ import difflib
 import re
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
 
-T = TypeVar("T")
-PerKind = T | dict[str, T]  # one value for every layer, or a table by word of the pattern: {full = 1e6, swa = 1e4}
+Position = Literal["rope", "learned", "none"]
 
 
 class ModelConfig(BaseModel):
-    """A network's shape. Frozen; building one that cannot work raises with the key and its value."""
+    """A network's shape. Frozen; building one that cannot work raises with the key and its value.
+
+    Where a setting takes a table by kind of layer, it is by word of the pattern: {full = 1e6, swa = 1e4}.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,10 +39,10 @@ class ModelConfig(BaseModel):
     )
     n_sink: int = Field(0, ge=0, description="first tokens that stay visible in sliding layers whatever the window")
 
-    position: PerKind[Literal["rope", "learned", "none"]] = Field(
+    position: Position | dict[str, Position] = Field(
         "rope", description="how positions enter: rope, learned (whole model), none; or a table by kind of layer"
     )
-    rope_base: PerKind[float] = Field(10_000.0, description="RoPE base; or a table by kind of layer")
+    rope_base: float | dict[str, float] = Field(10_000.0, description="RoPE base; or a table by kind of layer")
     qk_norm: bool = Field(True, description="RMSNorm on each query and key head")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before each sublayer")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
@@ -133,7 +135,7 @@ class ModelConfig(BaseModel):
 
 
 def expand_pattern(pattern: str) -> tuple[str, ...]:
-    """One period of a pattern as words: "swa*2 full" and "2:1" are both ("swa", "swa", "full"). ValueError if malformed."""
+    """One period of a pattern as words: "swa*2 full" and "2:1" are both ("swa", "swa", "full"). ValueError if not."""
     if ":" in pattern:
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)
         if not match or (n_swa := int(match[1])) + (n_full := int(match[2])) < 1:

@@ -137,7 +137,8 @@ class GPT(nn.Module):
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
         """An empty cache for sequences of up to max_length tokens, of the weights' dtype unless another is given."""
         weight = self.lm_head.weight
-        layers = (b.mixer.new_cache(batch_size, max_length, weight.device, dtype or weight.dtype) for b in self.h)
+        room = (batch_size, max_length, weight.device, dtype or weight.dtype)
+        layers = [block.mixer.new_cache(*room) for block in self.h]  # type: ignore[union-attr, operator]
         return Cache(layers, batch_size, weight.device)
 
 

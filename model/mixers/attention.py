@@ -115,6 +115,6 @@ class Attention(nn.Module):
         """Room for what a sequence of max_length tokens needs; longer ones too, where the window is all it needs."""
         spec = self.spec
         S = n_slots(spec.window, spec.n_sink, max_length)
-        rolls = spec.window is not None and S == spec.n_sink + spec.window
+        rolls = spec.window is not None and spec.n_sink + spec.window == S
         k, v = (torch.zeros(batch_size, spec.n_kv_head, S, spec.head_dim, device=device, dtype=dtype) for _ in "kv")
         return KVCache(k, v, n_sink=spec.n_sink, max_length=None if rolls else max_length)
