@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,13 +14,23 @@ from model.mixers.attention import AttentionSpec
 Position = Literal["rope", "learned", "none"]
 
 
-class ModelConfig(BaseModel):
+class Section(BaseModel):
+    """A frozen part of a config: unknown keys are refused, "none" stands for None, which TOML cannot say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, values: dict) -> dict:
+        optional = {key for key, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        return {key: None if value == "none" and key in optional else value for key, value in values.items()}
+
+
+class ModelConfig(Section):
     """A network's shape. Frozen; building one that cannot work raises with the key and its value.
 
     Where a setting takes a table by kind of layer, it is by word of the pattern: {full = 1e6, swa = 1e4}.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     vocab_size: int | None = Field(None, ge=2, description="rows of the embedding; none: as many as the tokenizer has")
     block_size: int = Field(256, ge=1, description="training context in tokens")

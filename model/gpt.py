@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from model.attend import kernel_name
 from model.cache import Cache, LayerState
 from model.config import ModelConfig
 from model.errors import UserError
@@ -92,6 +93,10 @@ class GPT(nn.Module):
         if targets is not None:
             return cross_entropy(x, self.lm_head.weight, targets, reduction)
         return self.lm_head(x)
+
+    def kernel_names(self, T: int) -> str:
+        """The attention kernels of training on T tokens, by kind of layer: "full sdpa-causal, swa sdpa-masked"."""
+        return ", ".join(dict.fromkeys(f"{s.kind} {kernel_name(s, T, contiguous=True)}" for s in self.config.layers))
 
     def _step(self, idx: Tensor, cache: Cache | None, lengths: Tensor | None) -> Step:
         """Where the incoming tokens stand: the only place that counts positions."""

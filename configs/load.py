@@ -1,0 +1,114 @@
+"""From a TOML file and a command line to a RunConfig: merged as dictionaries, validated once."""
+
+import difflib
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union, get_args
+
+import tyro
+from pydantic import ValidationError
+
+from configs.schema import RunConfig
+from model.config import Section
+from model.errors import UserError
+
+T = TypeVar("T")
+
+
+def from_command_line(argv: Sequence[str] | None, prog: str, description: str) -> RunConfig:
+    """`prog [FILE.toml] [--section.key value ...]` -> RunConfig. Exits with tyro's message where the line is wrong."""
+    file = tyro.conf.arg(help="a config; without one, the defaults", help_behavior_hint="")
+    fields = {"file": Annotated[Path | None, tyro.conf.Positional, file], **_options(RunConfig)}
+    line: Any = _typed_dict("CommandLine", fields)
+    given: dict[str, Any] = tyro.cli(line, args=argv, prog=prog, description=description)
+    return load(given.pop("file", None), given)
+
+
+def load(file: Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The config of a file with overrides on top. UserError names the file or the option, the key and the value."""
+    overrides = overrides or {}
+    content: dict[str, Any] = {}
+    if file is not None:
+        try:
+            content = tomllib.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            near = difflib.get_close_matches(str(file), [str(p) for p in file.parent.glob("*.toml")], n=1)
+            raise UserError(f"{file} does not exist" + (f"; did you mean {near[0]}?" if near else "")) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read as TOML: {error}") from None
+        content.setdefault("name", file.stem)
+    return build(RunConfig, _merge(content, overrides), source=_source(file, overrides))
+
+
+def build(schema: type[T], values: dict[str, Any], *, source: Callable[[tuple], str] = lambda key: "") -> T:
+    """schema(**values), with the first thing wrong as one line; `source` says where a key was written."""
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        first, *more = error.errors()
+        key = tuple(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
+        also = f" (and {len(more)} more)" if more and more[0]["loc"][: len(key)] != first["loc"][: len(key)] else ""
+        raise UserError(source(key) + _explain(schema, key, first) + also) from None
+
+
+def _explain(schema: type, key: tuple[str, ...], error: Any) -> str:
+    name = ".".join(key)
+    if error["type"] == "extra_forbidden":
+        known = list(_section(schema, key[:-1]).model_fields)
+        near = difflib.get_close_matches(key[-1], known, n=1)
+        return f"{name} is unknown; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return f"{name}: {message}" if key else message
+    value = error["input"]
+    if isinstance(value, dict) and error["type"].endswith("_type") and key:
+        return f"{name} ({value}) is a section here, and should be a value: {error['msg'].lower()}"
+    return f"{name} ({value!r}): {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _section(schema: type, key: tuple[str, ...]) -> type[Section]:
+    for part in key:
+        schema = schema.model_fields[part].annotation  # type: ignore[attr-defined]
+    return schema
+
+
+def _source(file: Path | None, overrides: dict[str, Any]) -> Callable[[tuple], str]:
+    """Where a key was written: on the command line if it is among the overrides, else in the file."""
+
+    def source(key: tuple[str, ...]) -> str:
+        at: Any = overrides
+        for part in key:
+            at = at.get(part, None) if isinstance(at, dict) else None
+        on_line = at not in (None, {}) if key else not file
+        return "" if on_line or file is None else f"{file}: "
+
+    return source
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = _merge(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
+    return merged
+
+
+def _options(schema: type[Section]) -> dict[str, Any]:
+    """The schema as optional command-line arguments: what is not given is absent, so a file's value stands."""
+    options: dict[str, Any] = {}
+    for key, field in schema.model_fields.items():
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            options[key] = _typed_dict(key, _options(kind))
+            continue
+        if type(None) in get_args(kind):
+            kind = Union[(Literal["none"], *(t for t in get_args(kind) if t is not type(None)))]
+        default = "none" if field.default is None else field.default
+        help = f"{field.description} (default: {default})"
+        options[key] = Annotated[kind, tyro.conf.arg(help=help, help_behavior_hint="")]
+    return options
+
+
+def _typed_dict(name: str, fields: dict[str, Any]) -> Any:
+    return TypedDict(name, fields, total=False)  # type: ignore[operator]

@@ -1,0 +1,47 @@
+"""What programs share: how they end when their user is wrong, and when they are told to stop."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from model.errors import UserError
+
+T = TypeVar("T")
+
+
+def exit_with_one_line(main: Callable[[], T]) -> T:
+    """Run a program; what its user got wrong, or a full disk, is one line and exit code 2, never a traceback."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"{Path(sys.argv[0]).name}: {error.strerror}{where}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM fill instead of breaking into a step; a second one stops at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only the main thread may
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

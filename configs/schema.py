@@ -1,0 +1,117 @@
+"""RunConfig: all that a run is, with every default; TOML files and the command line say only what differs."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from model.config import ModelConfig, Section
+from model.device import DType, Switch
+from model.optim import Schedule
+
+
+class DataConfig(Section):
+    """Which text, cut into which tokens."""
+
+    text: str = Field(
+        "pydocs", description="a named text (pydocs, shakespeare, wikitext103, tinystories, fineweb-edu) or a path"
+    )
+    tokenizer: str = Field(
+        "bpe-4096", description="byte, char, gpt2, cl100k_base, o200k_base, or bpe-N learned from the text"
+    )
+    dir: Path = Field(Path("data/prepared"), description="where prepared tokens are kept")
+
+
+class OptimConfig(Section):
+    """AdamW and its learning rate over time."""
+
+    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    schedule: Schedule = Field(
+        "trapezoid", description="after warm-up: cosine, trapezoid (flat, then linear decay), constant"
+    )
+    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    decay_fraction: float = Field(
+        0.4, gt=0, le=1, description="of all steps, the last ones in which a trapezoid decays"
+    )
+    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a fraction of lr")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two averages")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; norms and biases do not decay")
+    grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas ({self.betas}) must each be at least 0 and below 1")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, in what batches, and how often to look."""
+
+    max_steps: int = Field(1000, ge=1, description="optimizer steps")
+    global_batch_tokens: int = Field(8192, ge=1, description="tokens of one optimizer step, whatever the hardware")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows of one forward pass; none: chosen, at most 16384 tokens"
+    )
+    eval_every: int = Field(250, ge=1, description="steps between evaluations; there is always one at the end")
+    eval_tokens: int | None = Field(
+        131_072, ge=1, description="tokens of the fixed evaluation stream; none: the whole split"
+    )
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics")
+    checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints; there is always one at the end")
+
+
+class LogConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    wandb: bool = Field(False, description="mirror the metrics to wandb; offline unless a key is configured")
+    wandb_project: str = Field("sash", description="wandb's project")
+    progress: bool = Field(True, description="progress bar")
+
+
+class RunConfig(Section):
+    """A run: what `train.run` takes and `config.json` keeps."""
+
+    name: str = Field("run", pattern=r"^[\w.+-]+(/[\w.+-]+)*$", description="directory of the run below out_dir")
+    out_dir: Path = Field(Path("runs"), description="where runs are kept")
+    seed: int = Field(1337, ge=0, description="of the initial weights, the order of the data and dropout")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    dtype: DType = Field(
+        "auto", description="of matrix products; auto: bfloat16 where the hardware multiplies it natively"
+    )
+    compile: Switch = Field("auto", description="torch.compile; auto: where it pays for itself")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        tokens, block = self.train.global_batch_tokens, self.model.block_size
+        if tokens % block:
+            raise ValueError(f"train.global_batch_tokens ({tokens}) must be a multiple of model.block_size ({block})")
+        if self.train.micro_batch is not None and self.global_rows % self.train.micro_batch:
+            raise ValueError(
+                f"train.micro_batch ({self.train.micro_batch}) must divide the {self.global_rows} rows of a step "
+                f"(global_batch_tokens / block_size)"
+            )
+        return self
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return self.out_dir / self.name
+
+    @property
+    def global_rows(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.train.global_batch_tokens // self.model.block_size
+
+    @property
+    def micro_rows(self) -> int:
+        """Sequences of one forward pass: a divisor of global_rows."""
+        if self.train.micro_batch is not None:
+            return self.train.micro_batch
+        rows, limit = self.global_rows, max(1, 16_384 // self.model.block_size)
+        return max(n for n in range(1, min(rows, limit) + 1) if rows % n == 0)

@@ -1,0 +1,114 @@
+"""Which device, dtype and compilation a run uses, and how fast the device multiplies."""
+
+import contextlib
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from model.errors import UserError
+
+DType = Literal["auto", "float32", "bfloat16"]
+Switch = Literal["auto", "on", "off"]
+
+COMPILE_FROM_FLOPS = 1e14  # on a CPU compiling costs about 20 s and saves about 15 %: below this it does not pay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What `auto` came to, and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    why: str
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in `dtype`, the rest in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+
+def resolve(device: str = "auto", dtype: DType = "auto", compile: Switch = "auto", *, flops: float = 0) -> Runtime:
+    """Choose by capability; `flops` is the size of the job. UserError for a device that is not there."""
+    kind, why_device = _device(device)
+    chosen_dtype, why_dtype = _dtype(kind, dtype)
+    chosen_compile, why_compile = _compile(kind, compile, flops)
+    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{torch.get_num_threads()} threads"
+    why = (
+        f"device {kind} ({name}{why_device}), dtype {str(chosen_dtype).removeprefix('torch.')} ({why_dtype}), "
+        f"compile {'on' if chosen_compile else 'off'} ({why_compile})"
+    )
+    return Runtime(device=kind, dtype=chosen_dtype, compile=chosen_compile, why=why)
+
+
+def _device(asked: str) -> tuple[torch.device, str]:
+    here = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if asked == "auto":
+        return torch.device(here[0]), ""
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UserError(f"device ({asked}) is unknown; here there is {', '.join(here)}, or auto") from None
+    if device.type not in here or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device ({asked}) is not there; here there is {', '.join(here)}: take one of them, or auto")
+    return device, ", as asked"
+
+
+def _dtype(device: torch.device, asked: DType) -> tuple[torch.dtype, str]:
+    if asked != "auto":
+        return getattr(torch, asked), "as asked"
+    if device.type == "mps":
+        return torch.float32, "bfloat16 is slower on mps"
+    return (
+        (torch.bfloat16, "multiplied natively here")
+        if _multiplies_bf16(device)
+        else (torch.float32, "no native bfloat16 here")
+    )
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(on for name, on in features.items() if name.endswith("bf16"))
+
+
+def _compile(device: torch.device, asked: Switch, flops: float) -> tuple[bool, str]:
+    if asked != "auto":
+        return asked == "on", "as asked"
+    if device.type == "cuda":
+        return (True, "pays on cuda") if torch.utils._triton.has_triton() else (False, "no triton here")
+    if device.type == "mps":
+        return False, "eager is the safe choice on mps"
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        return False, "no C++ compiler here"
+    return (True, "a long job") if flops >= COMPILE_FROM_FLOPS else (False, "too short a job to pay for it")
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each layer in place: equal layers share one compilation, so depth costs nothing."""
+    for block in model.h:  # type: ignore[union-attr]
+        block.compile()
+
+
+def matmul_rate(runtime: Runtime, seconds: float = 0.2) -> float:
+    """FLOP/s of a large square matrix product in the runtime's dtype, measured: what MFU divides by."""
+    n = 8192 if runtime.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=runtime.device, dtype=runtime.dtype) for _ in "ab")
+    best, until = float("inf"), time.perf_counter() + seconds
+    (a @ b).sum().item()  # warm up
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        a @ b
+        runtime.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
