@@ -13,10 +13,12 @@ from torch import nn
 
 from configs.load import build
 from configs.schema import RunConfig
+from data.tokenizer import Tokenizer
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.device import Runtime
 from model.errors import UserError
+from model.gpt import GPT
 
 MAY_CHANGE = (  # on resume: none of them is part of the experiment
     *("name", "out_dir", "data.dir", "device", "dtype", "compile", "log", "train.max_steps", "train.micro_batch"),
@@ -33,6 +35,21 @@ class RunDir:
 
     def exists(self) -> bool:
         return (self.path / "config.json").is_file()
+
+    @classmethod
+    def of(cls, path: Path) -> "RunDir":
+        """The run that `path`, its directory or one of its checkpoints, belongs to. UserError if it is neither."""
+        run = cls(path.parent.parent if path.parent.name == "checkpoints" else path)
+        if not run.exists():
+            raise UserError(f"{path} is no run: it has no config.json")
+        return run
+
+    def load(self, path: Path, which: str = "best") -> tuple[GPT, Tokenizer]:
+        """The network in float32 and its tokenizer: of the checkpoint that `path` is, or else of `which`."""
+        chosen = self.checkpoint(which) if path == self.path else checkpoint.read(path)
+        model = GPT(self.config().model)
+        checkpoint.load_model(model, chosen)
+        return model, Tokenizer.load(self.path / "tokenizer.json")
 
     def config(self) -> RunConfig:
         """The resolved config the run was made with."""

@@ -139,11 +139,16 @@ class GPT(nn.Module):
                 if longest > limit:
                     raise UserError(f"{longest} tokens are more than the {limit} of {what}")
 
-    def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
-        """An empty cache for sequences of up to max_length tokens, of the weights' dtype unless another is given."""
+    def new_cache(
+        self, batch_size: int, max_length: int, *, dtype: torch.dtype | None = None, rolling: bool = True
+    ) -> Cache:
+        """An empty cache for sequences of up to max_length tokens, of the weights' dtype unless another is given.
+
+        rolling False: sliding layers keep every key too, as a cache that knows no windows would.
+        """
         weight = self.lm_head.weight
         room = (batch_size, max_length, weight.device, dtype or weight.dtype)
-        layers = [block.mixer.new_cache(*room) for block in self.h]  # type: ignore[union-attr, operator]
+        layers = [block.mixer.new_cache(*room, rolling=rolling) for block in self.h]  # type: ignore[union-attr, operator]
         return Cache(layers, batch_size, weight.device)
 
 

@@ -70,6 +70,14 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
+def device_peak(device: torch.device) -> tuple[str, int | None]:
+    """The largest memory so far and how it was measured: the allocator's on CUDA, else the process's."""
+    if device.type == "cuda":
+        return "cuda-allocator", torch.cuda.max_memory_allocated(device)
+    peak = process_peak_bytes()
+    return ("process", peak) if peak else ("not measured", None)
+
+
 def process_peak_bytes() -> int | None:
     """The largest resident size of this process so far (on Linux since the last reset); None where unknown."""
     try:

@@ -111,10 +111,12 @@ class Attention(nn.Module):
         y = attend(q, k, v, step.pos, k_pos, self.spec, contiguous=step.contiguous)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
-    def new_cache(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    def new_cache(
+        self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype, *, rolling: bool = True
+    ) -> KVCache:
         """Room for what a sequence of max_length tokens needs; longer ones too, where the window is all it needs."""
         spec = self.spec
-        S = n_slots(spec.window, spec.n_sink, max_length)
-        rolls = spec.window is not None and spec.n_sink + spec.window == S
+        S = n_slots(spec.window if rolling else None, spec.n_sink, max_length)
         k, v = (torch.zeros(batch_size, spec.n_kv_head, S, spec.head_dim, device=device, dtype=dtype) for _ in "kv")
-        return KVCache(k, v, n_sink=spec.n_sink, max_length=None if rolls else max_length)
+        endless = rolling and spec.window is not None and spec.n_sink + spec.window == S
+        return KVCache(k, v, n_sink=spec.n_sink, max_length=None if endless else max_length)
