@@ -140,9 +140,8 @@ def read_prompt(options: Options, tokenizer: Tokenizer) -> list[int]:
         try:
             text = sys.stdin.read() if str(options.prompt_file) == "-" else options.prompt_file.read_text("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompt-file ({options.prompt_file}) is not UTF-8 at byte {error.start}: convert it"
-            ) from None
+            where = f"{options.prompt_file} is not UTF-8 at byte {error.start}"
+            raise UserError(f"{where}: convert it, as with iconv -f latin1 -t utf-8") from None
     if text is None:
         return [tokenizer.eot]
     if not text:
