@@ -42,6 +42,8 @@ class LayerState(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    def tensors(self) -> list[Tensor]: ...
+
     def fork(self, n: int) -> Self: ...
 
 
@@ -57,7 +59,11 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(x.nbytes for x in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self.k, self.v]
 
     def fork(self, n: int) -> "KVCache":
         k, v = (x.repeat_interleave(n, dim=0) for x in (self.k, self.v))

@@ -1,0 +1,24 @@
+# Each target does its own set-up in .venv; the second time it is there. Without make, the README has the same commands.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test test-all lint bench
+demo: .venv/ready
+	$(PY) -m scripts.demo
+
+test: .venv/ready
+	$(PY) -m pytest
+
+test-all: .venv/ready
+	$(PY) -m pytest -m "not gpu"
+
+lint: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sash needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	@touch $@

@@ -1,0 +1,61 @@
+"""Train three small GPTs that differ only in their attention, and compare them:  python -m scripts.demo"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from configs.program import exit_with_one_line
+from scripts.report import report
+
+CONFIG = "configs/demo.toml"
+VARIANTS = {
+    "mha": [],
+    "gqa": ["--model.n_kv_head", "2"],
+    "gqa-swa": ["--model.n_kv_head", "2", "--model.pattern", "5:1", "--model.window", "64"],
+}
+PROMPT = "The function returns"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Train MHA, GQA, and GQA with sliding windows 5:1, one process each; then a table, plots and samples."""
+
+    steps: int | None = None
+    """Optimizer steps of each, instead of the config's."""
+    out: Path = Path("runs/demo")
+    """Where the runs and the report go; a demo that was interrupted goes on there."""
+
+
+def demo(options: Options) -> None:
+    """Everything that `make demo` shows."""
+    start = time.perf_counter()
+    steps = [] if options.steps is None else ["--train.max_steps", str(options.steps)]
+    runs = [options.out / name for name in VARIANTS]
+    for name, run in zip(VARIANTS, runs, strict=True):
+        where = ["--out_dir", str(run.parent), "--name", name]
+        _python("train.py", CONFIG, *where, *VARIANTS[name], *steps)
+    for run in runs:
+        _python("-m", "scripts.measure", str(run), quiet=True)
+    table = report(runs, options.out)
+    for run in runs:
+        print(f"\n--- {run.name} ---", flush=True)
+        _python("generate.py", str(run), "--prompt", PROMPT, "--max-new-tokens", "150", "--temperature", "0.6")
+    print(f"\n{table}\n\n{options.out}/report.md, loss.png, cache.png; in {time.perf_counter() - start:.0f} s")
+
+
+def _python(*arguments: str, quiet: bool = False) -> None:
+    done = subprocess.run((sys.executable, *arguments), stdout=subprocess.DEVNULL if quiet else None)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def main() -> None:
+    demo(tyro.cli(Options, prog="python -m scripts.demo", description=__doc__))
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

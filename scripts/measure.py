@@ -1,0 +1,86 @@
+"""Measure what generating from a run costs, in a process of its own:  python -m scripts.measure runs/demo/gqa"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from configs.program import exit_with_one_line
+from configs.run_dir import RunDir
+from model.checkpoint import write_json
+from model.device import resolve
+from model.memory import measure_peak
+from model.sampling import Sampler, prefill, stream
+
+FILE = "measured.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Measure decoding after a prompt of block_size tokens, and write measured.json into the run's directory."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's directory."""
+    new_tokens: int = 128
+    """Tokens to decode in each round."""
+    rounds: int = 5
+    """Rounds, of which the median counts."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Tokens per second of prefill and decode at batch 1, bytes of the cache, and the peak memory of generating."""
+    runtime = resolve(options.device)
+    run = RunDir.of(options.run)
+    model, tokenizer = run.load(run.path)
+    model = model.to(runtime.device, runtime.dtype).eval()
+    T = model.config.block_size
+    prompt = torch.full((1, T), tokenizer.eot, device=runtime.device)
+    cache = model.new_cache(1, T + options.new_tokens)
+    sampler = Sampler(n_vocab=tokenizer.n_vocab)
+
+    def decode() -> float:
+        cache.reset()
+        tokens = stream(model, cache, prompt, sampler)
+        next(tokens)
+        start = time.perf_counter()
+        for _ in range(options.new_tokens - 1):
+            next(tokens)
+        runtime.synchronize()
+        return (options.new_tokens - 1) / (time.perf_counter() - start)
+
+    def fill() -> float:
+        cache.reset()
+        start = time.perf_counter()
+        prefill(model, cache, prompt)
+        runtime.synchronize()
+        return T / (time.perf_counter() - start)
+
+    decode(), fill()  # warm up
+    figures = {
+        "decode_tokens_per_s": statistics.median(decode() for _ in range(options.rounds)),
+        "prefill_tokens_per_s": statistics.median(fill() for _ in range(options.rounds)),
+        "cache_bytes": cache.nbytes,
+        "cache_length": T + options.new_tokens,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+    }
+    held = [*model.parameters(), *(x for layer in cache.layers for x in layer.tensors())]
+    with measure_peak(runtime.device, held) as peak:
+        decode()
+    figures["peak_memory_generate_bytes"], figures["peak_memory_method"] = peak.bytes, peak.method
+    write_json(run.path / FILE, figures)
+    return figures
+
+
+def main() -> None:
+    for key, value in measure(tyro.cli(Options, prog="python -m scripts.measure", description=__doc__)).items():
+        print(f"{key}: {value:,.1f}" if isinstance(value, float) else f"{key}: {value}")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
