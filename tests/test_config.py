@@ -1,0 +1,211 @@
+"""ModelConfig: what cannot work is refused with the key, its value, and what is allowed."""
+
+import pytest
+from conftest import tiny_config
+from pydantic import ValidationError
+
+from model.config import ModelConfig, describe_layers, expand_pattern
+
+
+def refusal(**overrides) -> str:
+    """The message of a config that is refused, with the key where it has one."""
+    with pytest.raises(ValidationError) as refused:
+        tiny_config(**overrides)
+    error = refused.value.errors()[0]
+    where = ".".join(str(part) for part in error["loc"])
+    return f"{where}: {error['msg']}" if where else error["msg"].removeprefix("Value error, ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"n_head": 6, "n_kv_head": 4}, "n_head (6) must be divisible by n_kv_head (4)"),
+        ({"n_head": 6, "n_kv_head": 12}, "n_head (6) must be divisible by n_kv_head (12)"),
+        (
+            {"n_embd": 20, "n_head": 6, "head_dim": None},
+            "n_embd (20) must be divisible by n_head (6), or head_dim be given",
+        ),
+        ({"head_dim": 7}, "RoPE rotates pairs: head_dim (7) must be even"),
+        ({"head_dim": None, "n_embd": 30}, "RoPE rotates pairs: head_dim (5) must be even"),
+        (
+            {"pattern": "swa full"},
+            "pattern ('swa full') has swa layers: give window, the number of keys a query sees",
+        ),
+        ({"rope_base": 0.0}, "rope_base (0.0) must be above 0"),
+        ({"rope_base": {"full": -2.0}}, "rope_base ({'full': -2.0}) must be above 0"),
+        ({"position": {"fulll": "rope"}}, "position.fulll is no kind of layer; the kinds are full, swa"),
+        (
+            {"position": {"full": "rope"}, "pattern": "1:1", "window": 3},
+            "position says nothing of swa layers, which pattern ('1:1') has",
+        ),
+        (
+            {"position": {"full": "learned"}},
+            "position = learned is one table for the whole model, it cannot be given by kind of layer",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused(overrides, message):
+    assert refusal(**overrides) == message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("window", 0, "greater than or equal to 1"),
+        ("window", -1, "greater than or equal to 1"),
+        ("window", 2.5, "valid integer"),
+        ("window_everywhere", 0, "greater than or equal to 1"),
+        ("n_sink", -1, "greater than or equal to 0"),
+        ("n_head", 0, "greater than or equal to 1"),
+        ("n_kv_head", 0, "greater than or equal to 1"),
+        ("n_layer", 0, "greater than or equal to 1"),
+        ("head_dim", 0, "greater than or equal to 1"),
+        ("block_size", 0, "greater than or equal to 1"),
+        ("vocab_size", 1, "greater than or equal to 2"),
+        ("dropout", 1.0, "less than 1"),
+        ("norm_eps", 0.0, "greater than 0"),
+        ("norm", "batchnorm", "'rmsnorm' or 'layernorm'"),
+        ("mlp", "relu", "'swiglu', 'gelu' or 'relu2'"),
+        ("n_kv_heads", 2, "not permitted"),
+        ("bias", "perhaps", "valid boolean"),
+    ],
+)
+def test_value_out_of_range_is_refused_with_its_key(key, value, message):
+    refused = refusal(**{key: value})
+    assert refused.startswith(f"{key}: ")
+    assert message in refused
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["rope_base", "norm_eps"])
+def test_number_that_is_not_finite_is_refused(key, value):
+    assert key in refusal(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("sva", "'sva' is no layer; words are full, swa, as \"swa*5 full\"; did you mean swa?"),
+        ("swa ful", "'ful' is no layer; words are full, swa, as \"swa*5 full\"; did you mean full?"),
+        ("full*0", "'full*0' is no layer; words are full, swa, as \"swa*5 full\"; did you mean full?"),
+        ("swa*-1", "'swa*-1' is no layer"),
+        ("swa*", "'swa*' is no layer"),
+        ("swa,full", "'swa,full' is no layer"),
+        ("xyz", "'xyz' is no layer; words are full, swa, as \"swa*5 full\""),
+        ("", 'is empty; words are full, swa, as "swa*5 full" or "5:1"'),
+        ("  ", "is empty"),
+    ],
+)
+def test_unknown_word_in_a_pattern_is_refused(pattern, message):
+    refused = refusal(pattern=pattern, window=3)
+    assert refused.startswith(f"pattern ({pattern!r})")
+    assert message in refused
+
+
+@pytest.mark.parametrize("pattern", ["5:", ":1", ":", "0:0", "5:1:2", "-1:2", "a:b", "1.5:1", "5:1 full"])
+def test_ratio_that_is_none_is_refused(pattern):
+    expected = f'pattern ({pattern!r}): a ratio is "a:b", a swa layers to b full ones, a + b >= 1, as "5:1"'
+    assert refusal(pattern=pattern, window=3) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("full", ["full"]),
+        ("swa*2 full", ["swa", "swa", "full"]),
+        (" full  swa*1 ", ["full", "swa"]),
+        ("5:1", ["swa"] * 5 + ["full"]),
+        ("0:2", ["full"] * 2),
+        ("3:0", ["swa"] * 3),
+        (" 1 : 2 ", ["swa", "full", "full"]),
+    ],
+)
+def test_pattern_expands_to_words(pattern, words):
+    assert list(expand_pattern(pattern)) == words
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n_layer", "kinds"),
+    [
+        ("swa full", 5, "swa full swa full swa"),
+        ("5:1", 4, "swa swa swa swa"),
+        ("full swa*2", 3, "full swa swa"),
+        ("2:1", 7, "swa swa full swa swa full swa"),
+    ],
+)
+def test_pattern_is_tiled_over_depth_and_cut(pattern, n_layer, kinds):
+    config = tiny_config(pattern=pattern, n_layer=n_layer, window=3)
+    assert " ".join(config.kinds) == kinds
+    assert [spec.kind for spec in config.layers] == kinds.split()
+
+
+def test_ratio_equals_its_expansion():
+    ratio, words = (tiny_config(pattern=p, n_layer=32, window=3) for p in ("5:1", "swa*5 full"))
+    assert ratio.layers == words.layers
+    assert [spec.window for spec in ratio.layers].count(3) == 27
+
+
+def test_description_of_layers_is_short():
+    assert describe_layers(tiny_config(pattern="5:1", n_layer=13, window=3).layers) == "swa*5 full swa*5 full swa"
+
+
+def test_only_sliding_layers_have_window_and_sinks():
+    swa, full = tiny_config(pattern="swa full", window=3, n_sink=2).layers
+    assert (swa.window, swa.n_sink) == (3, 2)
+    assert (full.window, full.n_sink) == (None, 0)
+
+
+def test_tables_by_kind_reach_their_layers():
+    swa, full = tiny_config(
+        pattern="swa full",
+        window=3,
+        rope_base={"swa": 100.0, "full": 1e6},
+        position={"swa": "rope", "full": "none"},
+    ).layers
+    assert (swa.rope_base, full.rope_base) == (100.0, None)
+
+
+def test_odd_head_width_is_fine_where_nothing_rotates():
+    assert tiny_config(head_dim=7, position="none").head_width == 7
+
+
+@pytest.mark.parametrize("pattern", ["full", "swa full"])
+def test_sliding_gives_every_layer_the_window_and_its_own_positions(pattern):
+    config = tiny_config(pattern=pattern, window=9, rope_base={"swa": 100.0, "full": 1e6})
+    slid = config.sliding(4, 2)
+    assert [(spec.window, spec.n_sink) for spec in slid.layers] == [(4, 2)] * 2
+    assert [spec.rope_base for spec in slid.layers] == [spec.rope_base for spec in config.layers]
+
+
+def test_sliding_refuses_what_building_refuses():
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        tiny_config().sliding(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notes"),
+    [
+        ({}, []),
+        ({"pattern": "1:1", "window": 15, "n_sink": 1}, []),
+        ({"window": 3}, ["window (3) is used by no layer: pattern ('full') has no swa"]),
+        ({"n_sink": 2}, ["n_sink (2) is used by no layer: pattern ('full') has no swa"]),
+        (
+            {"pattern": "swa", "window": 16},
+            ["window (16) covers block_size (16): in training every layer sees all"],
+        ),
+    ],
+    ids=str,
+)
+def test_notes_say_what_is_probably_not_meant(overrides, notes):
+    assert list(tiny_config(**overrides).notes()) == notes
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        tiny_config().n_layer = 3
+
+
+def test_config_survives_json():
+    config = tiny_config(pattern="2:1", window=3, rope_base={"swa": 100.0, "full": 1e6})
+    assert ModelConfig.model_validate_json(config.model_dump_json()) == config
