@@ -1,0 +1,92 @@
+"""The texts that have a name, and the one way to open any text."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from data import pydocs
+from data.files import SUFFIXES, open_files, read_file
+from data.hub import HubText, open_hub
+from data.network import fetch
+from data.text import Piece, Text
+from model.errors import UserError
+
+CACHE = Path(__file__).parent / "cache"
+
+# Fetched by ourselves: `datasets` opens https addresses only with aiohttp, which it does not bring along.
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+HUB_TEXTS = (
+    HubText(
+        name="wikitext103",
+        origin="huggingface.co/datasets/Salesforce/wikitext, wikitext-103-raw-v1 (CC BY-SA 3.0)",
+        builder="Salesforce/wikitext",
+        config="wikitext-103-raw-v1",
+        splits={"train": "train", "val": "validation"},
+        articles=True,
+        approx_bytes={"train": 541_000_000, "val": 1_150_000},
+    ),
+    HubText(
+        name="tinystories",
+        origin="huggingface.co/datasets/roneneldan/TinyStories (CDLA-Sharing-1.0)",
+        builder="roneneldan/TinyStories",
+        splits={"train": "train", "val": "validation"},
+        approx_bytes={"train": 1_900_000_000, "val": 19_200_000},
+    ),
+    HubText(
+        name="fineweb-edu",
+        origin="huggingface.co/datasets/HuggingFaceFW/fineweb-edu, sample-10BT (ODC-By 1.0)",
+        builder="HuggingFaceFW/fineweb-edu",
+        config="sample-10BT",
+        splits={"train": "train", "val": "train"},
+        held_out=2000,
+        streaming=True,
+        approx_bytes={"train": 46_000_000_000, "val": 10_000_000},
+    ),
+)
+
+NAMES = ("pydocs", "shakespeare", *(source.name for source in HUB_TEXTS))
+
+
+def open_text(text: str) -> Text:
+    """Open a named text, or the files at a path; reading starts when a split is called."""
+    if text == "pydocs":
+        return _pydocs()
+    if text == "shakespeare":
+        return _shakespeare()
+    for source in HUB_TEXTS:
+        if source.name == text:
+            return open_hub(source)
+    path = Path(text).expanduser()
+    if path.exists():
+        return open_files(path)
+    if path.suffix or len(path.parts) > 1:
+        raise UserError(
+            f"{text}: there is no such file or folder; give a {', '.join(SUFFIXES)} file or a folder of them"
+        )
+    near = difflib.get_close_matches(text, NAMES, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else "choose one of them"
+    raise UserError(f"text {text!r} is none of {', '.join(NAMES)}, nor a file or folder here; {advice}")
+
+
+def _pydocs() -> Text:
+    return Text(
+        name="pydocs",
+        origin="the reference manual and docstrings of this Python installation (PSF licence)",
+        identity=pydocs.identity(),
+        splits={"train": lambda: (Piece(text) for text in pydocs.documents())},
+    )
+
+
+def _shakespeare() -> Text:
+    def pieces() -> Iterator[Piece]:
+        return read_file(fetch(SHAKESPEARE_URL, CACHE / "shakespeare.txt", sha256=SHAKESPEARE_SHA256))
+
+    return Text(
+        name="shakespeare",
+        origin=f"{SHAKESPEARE_URL} (public domain)",
+        identity=SHAKESPEARE_SHA256,
+        splits={"train": pieces},
+        approx_bytes={"train": 1_115_394},
+    )

@@ -1,0 +1,135 @@
+"""Batches from token files. Training rows are a pure function of (seed, step, row); evaluation is one fixed stream.
+
+Legend: B rows, T block_size.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.errors import UserError
+
+IGNORED = -100  # the target that cross-entropy leaves out
+_HASH_CHUNK = 1 << 20  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A file of token ids. Reading copies from the file: a map of it would count as memory of ours."""
+
+    path: Path
+    dtype: np.dtype
+    n_tokens: int
+    name: str  # "train" or "val", for messages
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Return the n ids from start on, (n,) in the file's dtype."""
+        assert 0 <= start <= start + n <= self.n_tokens, f"{start} + {n} is beyond {self.n_tokens} tokens"
+        size = self.dtype.itemsize
+        content = _read_at(self._file.fileno(), n * size, start * size)
+        if len(content) != n * size:
+            raise UserError(f"{self.path}: cut short while in use; prepare the text again")
+        return np.frombuffer(content, dtype=self.dtype)
+
+    @cached_property
+    def _file(self) -> io.FileIO:
+        return io.FileIO(self.path)
+
+
+def _read_at(descriptor: int, n: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, n, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.read(descriptor, n)
+
+
+class TrainLoader:
+    """Blocks of a split in random order, each once an epoch; every epoch has an order and an offset of its own."""
+
+    def __init__(self, tokens: Tokens, *, block_size: int, global_rows: int, seed: int) -> None:
+        if tokens.n_tokens < block_size + 1:
+            smaller = f"--model.block_size {_fitting(tokens.n_tokens)} or " if tokens.n_tokens > 1 else ""
+            raise UserError(
+                f"{tokens.name} split has {tokens.n_tokens} tokens, block_size is {block_size}; use {smaller}more text"
+            )
+        self.tokens = tokens
+        self.block_size = block_size
+        self.global_rows = global_rows
+        self.seed = seed
+        # One block fewer than fit, where there are several, leaves room for offsets: in time every token is seen.
+        self.blocks_per_epoch = max(1, tokens.n_tokens // block_size - 1)
+        self._n_offsets = tokens.n_tokens - self.blocks_per_epoch * block_size
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def rows(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+        """Return idx and targets, (B, T) int64 each, of these rows of the step's global batch."""
+        first = step * self.global_rows
+        blocks = np.stack([self._block(first + row) for row in rows])  # (B, T + 1)
+        ids = torch.from_numpy(blocks.astype(np.int64))
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def epoch(self, step: int) -> float:
+        """Say how many times the split has been seen when a step begins."""
+        return step * self.global_rows / self.blocks_per_epoch
+
+    def _block(self, row: int) -> np.ndarray:
+        """Read the T + 1 tokens of a row, counted from the start of training."""
+        epoch, place = divmod(row, self.blocks_per_epoch)
+        offset, order = self._order(epoch)
+        return self.tokens.read(offset + int(order[place]) * self.block_size, self.block_size + 1)
+
+    def _order(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Return an epoch's offset in tokens and its permutation of the blocks; a batch can touch two epochs."""
+        if epoch not in self._orders:
+            random = np.random.default_rng([self.seed, epoch])
+            offset = int(random.integers(self._n_offsets))
+            order = random.permutation(np.arange(self.blocks_per_epoch, dtype=np.uint32))
+            self._orders = {kept: self._orders[kept] for kept in self._orders if abs(kept - epoch) == 1}
+            self._orders[epoch] = (offset, order)
+        return self._orders[epoch]
+
+
+def eval_batches(
+    tokens: Tokens, *, block_size: int, batch_size: int, max_tokens: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (idx, targets), (B, T) int64, over the split's first max_tokens targets, each exactly once and in order.
+
+    Windows do not overlap. The last may be short: it is filled with id 0 and targets that are ignored.
+    """
+    n_targets = _n_targets(tokens, max_tokens)
+    for first in range(0, n_targets, batch_size * block_size):
+        ids = tokens.read(first, min(batch_size * block_size, n_targets - first) + 1).astype(np.int64)
+        n_rows = -(-(len(ids) - 1) // block_size)
+        idx = np.zeros(n_rows * block_size, dtype=np.int64)
+        targets = np.full(n_rows * block_size, IGNORED, dtype=np.int64)
+        idx[: len(ids) - 1] = ids[:-1]
+        targets[: len(ids) - 1] = ids[1:]
+        yield torch.from_numpy(idx).view(n_rows, block_size), torch.from_numpy(targets).view(n_rows, block_size)
+
+
+def stream_hash(tokens: Tokens, block_size: int, max_tokens: int | None = None) -> str:
+    """Identify what `eval_batches` asks of a model: the same hash means the same targets after the same contexts."""
+    n_tokens = _n_targets(tokens, max_tokens) + 1
+    digest = hashlib.sha256(f"{block_size} {n_tokens} ".encode())
+    for start in range(0, n_tokens, _HASH_CHUNK):
+        digest.update(tokens.read(start, min(_HASH_CHUNK, n_tokens - start)).astype("<u4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _n_targets(tokens: Tokens, max_tokens: int | None) -> int:
+    if tokens.n_tokens < 2:
+        raise UserError(f"{tokens.name} split has {tokens.n_tokens} tokens, nothing to predict; use more text")
+    return tokens.n_tokens - 1 if max_tokens is None else min(max_tokens, tokens.n_tokens - 1)
+
+
+def _fitting(n_tokens: int) -> int:
+    """Suggest the largest power of two that leaves a target for every position."""
+    return 1 << (n_tokens - 1).bit_length() - 1

@@ -1,0 +1,211 @@
+"""Every tokenizer is a `tiktoken.Encoding` with one end-of-text token, whatever its vocabulary came from."""
+
+import base64
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from data.bpe import PATTERN, learn_ranks
+from data.network import reachable
+from data.storage import write_atomically
+from data.text import encodable
+from model.errors import UserError
+
+EOT = "<|endoftext|>"
+TIKTOKEN_CACHE = Path(__file__).parent / "cache" / "tiktoken"
+
+_TIKTOKEN_URLS = {
+    "gpt2": ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"),
+    "cl100k_base": ("encodings/cl100k_base.tiktoken",),
+    "o200k_base": ("encodings/o200k_base.tiktoken",),
+}
+_TIKTOKEN_HOST = "https://openaipublic.blob.core.windows.net/"
+
+_ANYTHING = r"[\s\S]{1,64}"  # where tokens are single bytes nothing needs splitting; short stretches are fastest
+_LONG_BLANK = re.compile(r"(\s{100000})")  # tiktoken's regular expressions overflow on blanks four times as long
+_FORMAT = "sash-tokenizer-1"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back; `encode` takes the end-of-text token's spelling for ordinary text."""
+
+    encoding: tiktoken.Encoding
+
+    @property
+    def name(self) -> str:
+        """Name the vocabulary: "gpt2", "byte", "char", "bpe-4096"."""
+        return self.encoding.name
+
+    @property
+    def n_vocab(self) -> int:
+        """Count the ids, end-of-text and ids without a token included."""
+        return self.encoding.n_vocab
+
+    @property
+    def eot(self) -> int:
+        """Give the id of the end-of-text token."""
+        return self.encoding.eot_token
+
+    @cached_property
+    def digest(self) -> str:
+        """Identify pattern, ranks and special tokens in 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self._content()).encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Encode ordinary text; a character that the vocabulary cannot write is a UserError."""
+        text = encodable(text)
+        self._check_writable(text)
+        if len(text) < 100_000:
+            return self.encoding.encode_ordinary(text)
+        return [token for part in _LONG_BLANK.split(text) if part for token in self.encoding.encode_ordinary(part)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts in threads; the same as encoding each."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return list(threads.map(self.encode, texts))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Give the bytes of the tokens; an id without a token gives none."""
+        return self.encoding.decode_bytes([token for token in ids if token not in self._unused])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Give the text of the tokens; bytes that are not UTF-8 become the replacement character."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """Count the UTF-8 bytes that each id stands for, (n_vocab,) int32; special tokens stand for none."""
+        counts = np.zeros(self.n_vocab, dtype=np.int32)
+        for token, rank in self._ranks.items():
+            counts[rank] = len(token)
+        return counts
+
+    def save(self, path: Path | str) -> None:
+        """Write all that is needed to load it anywhere, without a network."""
+        write_atomically(Path(path), json.dumps(self._content() | {"name": self.name, "digest": self.digest}).encode())
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Read what `save` wrote; a missing or damaged file is a UserError."""
+        try:
+            saved = json.loads(Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(
+                f"{path}: the tokenizer cannot be read ({error.strerror}); prepare the text again"
+            ) from None
+        except ValueError:
+            raise UserError(f"{path}: damaged, not JSON; copy it again, or prepare the text again") from None
+        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+            raise UserError(f"{path}: not a tokenizer that Sash saved; prepare the text again")
+        try:
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
+            tokenizer = _make(saved["name"], saved["pattern"], ranks, saved["special_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); copy it again, or prepare the text again") from None
+        if tokenizer.digest != saved.get("digest"):
+            raise UserError(
+                f"{path}: damaged, its digest is {tokenizer.digest}, not {saved.get('digest')}; copy it again"
+            )
+        return tokenizer
+
+    @property
+    def _ranks(self) -> dict[bytes, int]:
+        return self.encoding._mergeable_ranks
+
+    def _content(self) -> dict[str, object]:
+        tokens = [base64.b64encode(token).decode() for token in sorted(self._ranks, key=self._ranks.__getitem__)]
+        special = self.encoding._special_tokens
+        return {"format": _FORMAT, "pattern": self.encoding._pat_str, "special_tokens": special, "tokens": tokens}
+
+    @cached_property
+    def _unused(self) -> frozenset[int]:
+        used = {*self._ranks.values(), *self.encoding._special_tokens.values()}
+        return frozenset(range(self.n_vocab)) - used
+
+    @cached_property
+    def _unwritable(self) -> frozenset[int]:
+        """The bytes that no token starts from; tiktoken would panic on them."""
+        return frozenset(value for value in range(256) if bytes([value]) not in self._ranks)
+
+    def _check_writable(self, text: str) -> None:
+        if not self._unwritable or self._unwritable.isdisjoint(text.encode()):
+            return
+        character = next(character for character in text if not self._unwritable.isdisjoint(character.encode()))
+        byte = next(byte for byte in character.encode() if byte in self._unwritable)
+        raise UserError(
+            f"the character {character!r} (byte {byte:#04x}) never occurred in the text that this {self.name} "
+            "tokenizer was made from; leave it out, or use the tokenizer byte or bpe-4096"
+        )
+
+
+def make_tokenizer(name: str, corpus: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
+    """Make a tokenizer by name; `char` and `bpe-N` learn it from the corpus.
+
+    `bpe-N` has N ids, end-of-text included. A corpus too small for so many gives fewer, and the name tells how many.
+    """
+    check_name(name)
+    if name in _TIKTOKEN_URLS:
+        return Tokenizer(_from_tiktoken(name))
+    if name == "byte":
+        return _make(name, _ANYTHING, {bytes([value]): value for value in range(256)})
+    if corpus is None:
+        raise UserError(f"tokenizer {name} is learned from a text; give one, or use byte, which needs none")
+    if name == "char":
+        seen: set[int] = set()
+        for text in corpus():
+            seen.update(text.encode())
+        if not seen:
+            raise UserError("tokenizer char: the text it is to be made from is empty")
+        return _make(name, _ANYTHING, {bytes([value]): rank for rank, value in enumerate(sorted(seen))})
+    ranks = learn_ranks(corpus(), n_ranks=int(name.removeprefix("bpe-")) - 1)
+    return _make(f"bpe-{len(ranks) + 1}", PATTERN, ranks)
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError unless `make_tokenizer` knows the name."""
+    known = ("byte", "char", *_TIKTOKEN_URLS, "bpe-4096")
+    size = re.fullmatch(r"bpe-(\d+)", name)
+    if size and int(size[1]) < 257:
+        raise UserError(f"tokenizer {name}: the size must be at least 257, the 256 bytes and end-of-text")
+    if not size and name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]}?" if near else "choose one of them"
+        raise UserError(f"tokenizer {name!r} is none of {', '.join(known)} (or another bpe-N); {advice}")
+
+
+def _make(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None) -> Tokenizer:
+    special = special or {EOT: len(ranks)}
+    return Tokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+def _from_tiktoken(name: str) -> tiktoken.Encoding:
+    """Load one of tiktoken's vocabularies from its cache, or download it into ours."""
+    own_cache = not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & set(os.environ)
+    if own_cache:
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(TIKTOKEN_CACHE)
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or TIKTOKEN_CACHE)
+    urls = [_TIKTOKEN_HOST + path for path in _TIKTOKEN_URLS[name]]
+    cached = all((folder / hashlib.sha1(url.encode()).hexdigest()).exists() for url in urls)
+    try:
+        if not cached and not reachable(_TIKTOKEN_HOST):
+            raise ConnectionError("no network")
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer {name} is not in {folder} and cannot be downloaded ({error}); set TIKTOKEN_CACHE_DIR to a "
+            "folder that has it, or use the tokenizer byte or bpe-4096, which need no network"
+        ) from None
+    finally:
+        if own_cache:
+            del os.environ["TIKTOKEN_CACHE_DIR"]
