@@ -71,20 +71,22 @@ class KVCache:
 
     def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Store (B, K, T, D) keys and values; return all their queries may see, with (B or 1, keys) positions."""
-        T, held = k.shape[2], min(self.n_slots, step.past_bound)
+        T, held, dtype = k.shape[2], min(self.n_slots, step.past_bound), k.dtype
+        k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # as they will be read again
         if not step.padded and (T == 1 or step.past_bound + T <= self.n_slots):
             self._write(k, v, step)  # evicts nothing that these queries see
             held = min(self.n_slots, step.past_bound + T)
-            return self.k[:, :, :held], self.v[:, :, :held], self._positions(step, after=True)[:, :held]
+            k, v, k_pos = self.k[:, :, :held], self.v[:, :, :held], self._positions(step, after=True)[:, :held]
+            return k.to(dtype), v.to(dtype), k_pos
         if held == 0:
             self._write(k, v, step)
-            return k, v, step.pos
+            return k.to(dtype), v.to(dtype), step.pos
         # A chunk reads before it writes: its first queries need keys that its last ones evict.
         k_pos = self._positions(step, after=False)[:, :held]
         rows = max(k_pos.shape[0], step.pos.shape[0])
         seen = (
-            torch.cat((self.k[:, :, :held], k.to(self.k.dtype)), dim=2),
-            torch.cat((self.v[:, :, :held], v.to(self.v.dtype)), dim=2),
+            torch.cat((self.k[:, :, :held], k), dim=2).to(dtype),
+            torch.cat((self.v[:, :, :held], v), dim=2).to(dtype),
             torch.cat((k_pos.expand(rows, -1), step.pos.expand(rows, -1)), dim=1),
         )
         self._write(k, v, step)
@@ -118,8 +120,8 @@ class KVCache:
         for part in (slice(0, sinks), slice(max(sinks, T - n_ring), T)):
             if part.start < part.stop:
                 slot = self._slot(step.pos[0, part])
-                self.k.index_copy_(2, slot, k[:, :, part].to(self.k.dtype))
-                self.v.index_copy_(2, slot, v[:, :, part].to(self.v.dtype))
+                self.k.index_copy_(2, slot, k[:, :, part])
+                self.v.index_copy_(2, slot, v[:, :, part])
 
     def _write_ragged(self, k: Tensor, v: Tensor, step: Step) -> None:
         """Rows at their own positions: each slot that may change asks which new token, if any, it now holds."""
@@ -141,7 +143,7 @@ class KVCache:
         for store, x in ((self.k, k), (self.v, v)):
             B, K, _, D = store.shape
             to, at = slot.expand(B, K, -1, D), source.expand(B, K, -1, D)
-            store.scatter_(2, to, torch.where(new, x.to(store.dtype).gather(2, at), store.gather(2, to)))
+            store.scatter_(2, to, torch.where(new, x.gather(2, at), store.gather(2, to)))
 
 
 class Cache:
@@ -162,6 +164,12 @@ class Cache:
     def max_length(self) -> int | None:
         """Tokens it can see in all; None where every layer rolls."""
         return min((n for layer in self.layers if (n := layer.max_length) is not None), default=None)
+
+    def advance(self, step: Step) -> None:
+        """Count the tokens of a pass that every layer has seen."""
+        self.pos += step.added
+        self.length += step.pos.shape[1]
+        self.ragged |= step.padded
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""

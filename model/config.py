@@ -17,7 +17,7 @@ Position = Literal["rope", "learned", "none"]
 class Section(BaseModel):
     """A frozen part of a config: unknown keys are refused, "none" stands for None, which TOML cannot say."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -147,7 +147,7 @@ class ModelConfig(Section):
 def expand_pattern(pattern: str) -> tuple[str, ...]:
     """One period of a pattern as words: "swa*2 full" and "2:1" are both ("swa", "swa", "full"). ValueError if not."""
     if ":" in pattern:
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)
+        match = re.fullmatch(r"\s*(\d{1,4})\s*:\s*(\d{1,4})\s*", pattern)
         if not match or (n_swa := int(match[1])) + (n_full := int(match[2])) < 1:
             raise ValueError(
                 f'pattern ({pattern!r}): a ratio is "a:b", a swa layers to b full ones, a + b >= 1, as "5:1"'
@@ -155,7 +155,7 @@ def expand_pattern(pattern: str) -> tuple[str, ...]:
         return ("swa",) * n_swa + ("full",) * n_full
     words: list[str] = []
     for item in pattern.split():
-        match = re.fullmatch(r"(\w+)(?:\*([1-9]\d*))?", item)
+        match = re.fullmatch(r"(\w+)(?:\*([1-9]\d{0,3}))?", item)
         if not match or match[1] not in MIXERS:
             near = difflib.get_close_matches(item.split("*")[0], MIXERS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""

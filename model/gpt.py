@@ -75,24 +75,25 @@ class GPT(nn.Module):
         """(B, T) tokens -> (B, T, V) logits; with targets (B, T) their float32 cross-entropy, a mean or (B, T).
 
         Targets of -100 are ignored. `lengths` (B,) counts the real tokens of right-padded rows. `last_only` returns the
-        logits after each row's last real token, (B, 1, V). With a cache, idx continues what the cache has seen.
+        logits after each row's last real token, (B, 1, V). With a cache, idx continues what the cache has seen, and no
+        gradient is kept.
         """
-        step = self._step(idx, cache, lengths)
-        x = self.wte(idx)  # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe(step.pos.clamp(min=0))
-        x = self.dropout(x)
-        for i, block in enumerate(self.h):
-            x = block(x, step, None if cache is None else cache.layers[i])
-        if cache is not None:
-            cache.pos += step.added
-            cache.length += idx.shape[1]
-        if last_only:
-            x = x[:, -1:] if lengths is None else _last_real(x, lengths)  # (B, 1, C)
-        x = self.ln_f(x)
-        if targets is not None:
-            return cross_entropy(x, self.lm_head.weight, targets, reduction)
-        return self.lm_head(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):  # a cache holds values, not graphs
+            step = self._step(idx, cache, lengths)
+            x = self.wte(idx)  # (B, T, C)
+            if self.wpe is not None:
+                x = x + self.wpe(step.pos.clamp(min=0))
+            x = self.dropout(x)
+            for i, block in enumerate(self.h):
+                x = block(x, step, None if cache is None else cache.layers[i])
+            if cache is not None:
+                cache.advance(step)
+            if last_only:
+                x = x[:, -1:] if lengths is None else _last_real(x, lengths)  # (B, 1, C)
+            x = self.ln_f(x)
+            if targets is not None:
+                return cross_entropy(x, self.lm_head.weight, targets, reduction)
+            return self.lm_head(x)
 
     def kernel_names(self, T: int) -> str:
         """The attention kernels of training on T tokens, by kind of layer: "full sdpa-causal, swa sdpa-masked"."""
@@ -105,20 +106,19 @@ class GPT(nn.Module):
         self._check_room(added, T, cache)
         pos = torch.arange(T, device=idx.device)[None]  # (1, T)
         if cache is None and lengths is None:
-            return Step(pos=pos)
+            return Step(pos=pos, added=T)
         past = idx.new_zeros(1) if cache is None else cache.pos
+        uniform = lengths is None and (cache is None or not cache.ragged)
+        if uniform:
+            past = past[:1]
+        pos = past[:, None] + pos  # (B or 1, T)
         if lengths is not None:
-            real = pos < lengths[:, None]
-            pos = torch.where(real, past[:, None] + pos, PADDING)  # (B, T)
-            if cache is not None:
-                cache.ragged = True
-        else:
-            past = past if cache is not None and cache.ragged else past[:1]
-            pos = past[:, None] + pos  # (B or 1, T)
+            pos = torch.where(torch.arange(T, device=idx.device) < lengths[:, None], pos, PADDING)  # (B, T)
         return Step(
             pos=pos,
             contiguous=lengths is None and (cache is None or cache.length == 0),
             padded=lengths is not None,
+            uniform=uniform,
             past=None if cache is None else past,
             added=added,
             past_bound=0 if cache is None else cache.length,
@@ -126,18 +126,19 @@ class GPT(nn.Module):
 
     def _check_room(self, added: int | Tensor, T: int, cache: Cache | None) -> None:
         """UserError if this pass goes beyond the learned positions or the cache."""
-        n = T if cache is None else cache.length + T
         limits = {
             "the learned positions of this model (block_size); train with position = rope to go further": (
                 None if self.wpe is None else self.wpe.num_embeddings
             ),
             "the cache (max_length); make it larger": None if cache is None else cache.max_length,
         }
+        n = T if cache is None else cache.length + T
         for what, limit in limits.items():
             if limit is not None and n > limit:
-                longest = n if cache is None or not cache.ragged else int((cache.pos + added).max())  # n was a bound
-                if longest > limit:
-                    raise UserError(f"{longest} tokens are more than the {limit} of {what}")
+                rows = added if cache is None else cache.pos + added
+                n = int(rows.max()) if isinstance(rows, Tensor) else rows  # it was a bound: now look
+                if n > limit:
+                    raise UserError(f"{n} tokens are more than the {limit} of {what}")
 
     def new_cache(
         self, batch_size: int, max_length: int, *, dtype: torch.dtype | None = None, rolling: bool = True

@@ -19,15 +19,11 @@ class Step:
     pos: Tensor  # (B or 1, T) absolute positions, or PADDING; one row where all rows have the same
     contiguous: bool = True  # known without reading the device: one run from 0, no cache before it, no padding
     padded: bool = False  # some of pos may be PADDING
+    uniform: bool = True  # every row has come to the same position, known without reading the device
     past: Tensor | None = None  # (B or 1,) tokens in the cache before this pass; None: no cache
     added: int | Tensor = 0  # T, or (B,) real tokens of each row
-    past_bound: int = 0  # the largest of past at most; equal to it where pos has one row
+    past_bound: int = 0  # the largest of past at most; equal to it where uniform
     shared: dict[Hashable, object] = field(default_factory=dict)
-
-    @property
-    def uniform(self) -> bool:
-        """Every row is at the same positions."""
-        return self.pos.shape[0] == 1 and not self.padded
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """make(), computed by the first layer that asks and shared with the others."""

@@ -172,6 +172,7 @@ def make_step(past: list[int], added: list[int] | int, T: int, *, past_bound: in
         pos=pos,
         contiguous=not padded and past_bound == 0,
         padded=padded,
+        uniform=not (padded or ragged),
         past=seen,
         added=torch.tensor(added),
         past_bound=past_bound,
