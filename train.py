@@ -94,7 +94,8 @@ def run(config: RunConfig) -> RunResult:
     if runtime.compile:
         compile_blocks(model)
 
-    trainer = Trainer(config, model, optimizer, loader, runtime, kernel=model.kernel_names(T), peak_flops=rate)
+    kernel = model.kernel_names(T, runtime.dtype)
+    trainer = Trainer(config, model, optimizer, loader, runtime, kernel=kernel, peak_flops=rate)
     metrics = Metrics(run_dir, config)
     val = prepared.split("val")
     eval_rows, eval_tokens = config.micro_rows, config.train.eval_tokens

@@ -21,7 +21,8 @@ from model.errors import UserError
 from model.gpt import GPT
 
 MAY_CHANGE = (  # on resume: none of them is part of the experiment
-    *("name", "out_dir", "data.dir", "device", "dtype", "compile", "log", "train.max_steps", "train.micro_batch"),
+    *("name", "out_dir", "data.dir", "device", "dtype", "compile", "log", "model.kernel"),
+    *("train.max_steps", "train.micro_batch"),
 )
 KEEP = 2  # newest checkpoints, beside the best
 

@@ -8,6 +8,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from model.attend import Kernel
 from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
 
@@ -62,6 +63,9 @@ class ModelConfig(Section):
     )
     bias: bool = Field(False, description="biases in linear layers and layernorms")
     tie_embeddings: bool = Field(True, description="lm_head shares the weights of wte")
+    kernel: Kernel = Field(
+        "auto", description="of attention without a cache: sdpa, tiles, flex; auto: what measured fastest"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and on what each sublayer adds")
 
     @model_validator(mode="after")

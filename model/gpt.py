@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.attend import kernel_name
+from model.attend import kernel_name, prepare
 from model.cache import Cache, LayerState
 from model.config import ModelConfig
 from model.errors import UserError
@@ -84,6 +84,9 @@ class GPT(nn.Module):
             if self.wpe is not None:
                 x = x + self.wpe(step.pos.clamp(min=0))
             x = self.dropout(x)
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            for spec in set(self.config.layers):
+                prepare(spec, step, x.device, dtype)
             for i, block in enumerate(self.h):
                 x = block(x, step, None if cache is None else cache.layers[i])
             if cache is not None:
@@ -95,9 +98,10 @@ class GPT(nn.Module):
                 return cross_entropy(x, self.lm_head.weight, targets, reduction)
             return self.lm_head(x)
 
-    def kernel_names(self, T: int) -> str:
-        """The attention kernels of training on T tokens, by kind of layer: "full sdpa-causal, swa sdpa-masked"."""
-        return ", ".join(dict.fromkeys(f"{s.kind} {kernel_name(s, T, contiguous=True)}" for s in self.config.layers))
+    def kernel_names(self, T: int, dtype: torch.dtype) -> str:
+        """The attention kernels of training on T tokens, by kind of layer: "swa tiles, full sdpa-causal"."""
+        device = self.lm_head.weight.device
+        return ", ".join(dict.fromkeys(f"{s.kind} {kernel_name(s, T, device, dtype)}" for s in self.config.layers))
 
     def _step(self, idx: Tensor, cache: Cache | None, lengths: Tensor | None) -> Step:
         """Where the incoming tokens stand: the only place that counts positions."""

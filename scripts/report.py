@@ -119,9 +119,7 @@ def report(paths: list[Path], out: Path) -> str:
     rows = [row(run) for run in runs]
     streams = {(run.summary() or {})["stream_hash"] for run in runs}
     if len(streams) > 1:
-        raise UserError(
-            f"{len(streams)} evaluation streams among these runs: their losses cannot share a table"
-        )
+        raise UserError(f"{len(streams)} evaluation streams among these runs: their losses cannot share a table")
     table = markdown(rows)
     out.mkdir(parents=True, exist_ok=True)
     plot_loss(runs, out / "loss.png")

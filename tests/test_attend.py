@@ -11,6 +11,7 @@ from torch import Tensor
 
 import model.attend
 from model.attend import attend, kernel_name, visible
+from model.errors import UserError
 from model.mixers.attention import AttentionSpec
 from model.step import EMPTY, PADDING
 
@@ -164,14 +165,21 @@ def test_masks_stay_below_their_limit(monkeypatch, sdpa_calls):
     assert max(call["attn_mask"].numel() for call in sdpa_calls) <= limit
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.mark.parametrize("n_kv_head", [6, 2])
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("window", [None, 3, T])
-def test_kernel_name_is_what_ran(sdpa_calls, window, contiguous, n_kv_head):
+def test_kernel_name_is_what_ran(sdpa_calls, monkeypatch, window, contiguous, n_kv_head):
     spec, pos = make_spec(window=window, n_kv_head=n_kv_head), torch.arange(T)[None]
+    tiled = []
+    original = model.attend.tiles
+    monkeypatch.setattr(model.attend, "tiles", lambda *args: tiled.append(args) or original(*args))
     attend(*make_qkv(spec), pos, pos, spec, contiguous=contiguous)
-    name = kernel_name(spec, T, contiguous=contiguous)
-    assert sdpa_calls or not name.startswith("sdpa")
+    name = kernel_name(spec, T, CPU, torch.float64, contiguous=contiguous)
+    assert bool(tiled) == (name == "tiles")
+    assert bool(sdpa_calls) == (name != "tiles")
     for call in sdpa_calls:
         assert ("masked" in name) == (call.get("attn_mask") is not None)
         assert ("causal" in name) == call.get("is_causal", False)
@@ -180,7 +188,14 @@ def test_kernel_name_is_what_ran(sdpa_calls, window, contiguous, n_kv_head):
 
 @pytest.mark.parametrize(("window", "contiguous"), [(3, True), (None, False), (T - 1, True)])
 def test_causal_kernel_takes_only_whole_sequences(window, contiguous):
-    assert "causal" not in kernel_name(make_spec(window=window), T, contiguous=contiguous)
+    assert "causal" not in kernel_name(make_spec(window=window), T, CPU, torch.float32, contiguous=contiguous)
+
+
+def test_a_kernel_that_cannot_serve_is_refused_and_not_replaced():
+    with pytest.raises(UserError, match=r"kernel \(sdpa\) knows no window \(3 of 9 tokens\): take tiles"):
+        kernel_name(make_spec(window=3, kernel="sdpa"), T, CPU, torch.float32)
+    with pytest.raises(UserError, match=r"kernel \(flex\) needs cuda, not cpu: take tiles"):
+        kernel_name(make_spec(window=3, kernel="flex"), T, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("contiguous", [True, False])

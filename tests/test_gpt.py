@@ -212,7 +212,7 @@ def test_bf16_autocast_decodes_with_a_cache_in_bf16():
 
 
 def test_kernel_names_say_what_each_kind_of_layer_takes():
-    names = tiny_model(tiny_config(pattern="swa full", window=4)).kernel_names(T).split(", ")
+    names = tiny_model(tiny_config(pattern="swa full", window=4)).kernel_names(T, torch.float64).split(", ")
     assert [name.split()[0] for name in names] == ["swa", "full"]
 
 

@@ -39,6 +39,7 @@ class AttentionSpec:
     qk_norm: bool = False
     norm_eps: float = 1e-6
     bias: bool = False
+    kernel: str = "auto"  # of self-attention without a cache, see model.attend
 
     @property
     def n_params(self) -> int:
@@ -94,6 +95,7 @@ class Attention(nn.Module):
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             bias=config.bias,
+            kernel=config.kernel,
         )
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:
@@ -105,10 +107,11 @@ class Attention(nn.Module):
         if (base := self.spec.rope_base) is not None:
             cos, sin = step.once(("rope", D, base), lambda: rope_table(step.pos, D, base))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # stored rotated: a slot's order does not matter
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotations are float32
         k_pos = step.pos
         if cache is not None:
             k, v, k_pos = cache.update(k, v, step)  # (B, K, keys, D)
-        y = attend(q, k, v, step.pos, k_pos, self.spec, contiguous=step.contiguous)  # (B, H, T, D)
+        y = attend(q, k, v, step.pos, k_pos, self.spec, contiguous=step.contiguous, shared=step.shared)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
     def new_cache(

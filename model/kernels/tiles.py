@@ -1,0 +1,180 @@
+"""Causal attention in tiles: a block of queries over just the keys that its window reaches, forward and backward.
+
+    window = 4, block = 3           keys  0 1 2 3 4 5       work in proportion to T x (window + block), memory of one
+    the tile of queries 3 4 5:            x x x x           tile; only its first and last columns need a mask
+                                            x x x x
+                                              x x x x
+
+Matrix products run in the dtype of q, the softmax in float32 inside, sums over tiles in float32. In bfloat16 the scores
+are rounded before the softmax, which a fused kernel does not do. One custom operator: torch.compile takes it whole.
+
+Dimensions: B batch, H query heads, K KV heads, R = H / K, T time, D head_dim, b block, S sinks, L keys of the band.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.visible import sees
+
+TILE_BYTES = 4 << 20  # of scores that exist at a time: batch and heads go in parts of this size
+
+
+@torch.library.custom_op("sash::tiles", mutates_args=())
+def tiles(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, block: int) -> Tensor:
+    """(B, H, T, D) over (B, K, T, D) -> (B, H, T, D): each query over its last `window` keys and the first n_sink."""
+    tiling = _Tiling(q.shape[2], window, n_sink, block)
+    out = torch.empty_like(q)
+    for out_, q_, k_, v_ in tiling.parts([out, q], [k, v]):
+        for tile in tiling:
+            p = tiling.probabilities(tile, q_, k_)  # (N, R b, S + L)
+            tile.set_queries(out_, torch.bmm(p, tile.keys(v_)))
+    return out
+
+
+@torch.library.custom_op("sash::tiles_backward", mutates_args=())
+def tiles_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; probabilities are computed again, a tile at a time (the idea of 2205.14135)."""
+    tiling = _Tiling(q.shape[2], window, n_sink, block)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    for dq_, grad_, q_, dk_, dv_, k_, v_ in tiling.parts([dq, grad, q], [dk, dv, k, v]):
+        sum_k, sum_v = _KeySums(dk_), _KeySums(dv_)
+        for tile in tiling:
+            p = tiling.probabilities(tile, q_, k_)  # (N, R b, S + L)
+            dout = tile.queries(grad_)  # (N, R b, D)
+            sum_v.add(tile, torch.bmm(p.transpose(1, 2), dout))
+            ds = torch._softmax_backward_data(torch.bmm(dout, tile.keys(v_).transpose(1, 2)), p, -1, p.dtype)
+            ds *= scale
+            tile.set_queries(dq_, torch.bmm(ds, tile.keys(k_)))
+            sum_k.add(tile, torch.bmm(ds.transpose(1, 2), tile.queries(q_)))
+        sum_k.finish()
+        sum_v.finish()
+    return dq, dk, dv
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Queries start to stop over keys low to stop and, before those, the first n_sink."""
+
+    start: int
+    stop: int
+    low: int
+    n_sink: int
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Its rows of (B, K, R, T, D) -> (N, R b, D), N = B K: the query heads of a KV head share its keys."""
+        return x[:, :, :, self.start : self.stop].reshape(len(x) * x.shape[1], -1, x.shape[-1])
+
+    def set_queries(self, x: Tensor, rows: Tensor) -> None:
+        """Put (N, R b, D) where `queries` takes it from."""
+        place = x[:, :, :, self.start : self.stop]
+        place.copy_(rows.view(place.shape))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Its rows of (B, K, T, D) -> (N, S + L, D): the sinks, then the band."""
+        band = x[:, :, self.low : self.stop]
+        return (torch.cat((x[:, :, : self.n_sink], band), dim=2) if self.n_sink else band).flatten(0, 1)
+
+
+class _KeySums:
+    """Sums over tiles in float32, of which no more is kept than later tiles still add to."""
+
+    def __init__(self, out: Tensor):
+        self.out = out  # (B, K, T, D)
+        self.low = 0
+        self.open: Tensor | None = None  # (B, K, L, D) sums of the keys from low on
+        self.sinks: Tensor | None = None  # (B, K, S, D)
+
+    def add(self, tile: _Tile, x: Tensor) -> None:
+        """x (N, S + L, D) to the keys of the tile."""
+        x = x.view(*self.out.shape[:2], *x.shape[1:]).to(torch.promote_types(x.dtype, torch.float32))
+        sinks, band = x[:, :, : tile.n_sink], x[:, :, tile.n_sink :]
+        if tile.n_sink:
+            n = 0 if self.sinks is None else self.sinks.shape[2]
+            sinks[:, :, :n] += 0 if self.sinks is None else self.sinks
+            self.sinks = sinks
+        if self.open is not None:
+            done = tile.low - self.low  # keys that no tile reaches any more
+            self.out[:, :, self.low : tile.low] = self.open[:, :, :done]
+            band[:, :, : self.open.shape[2] - done] += self.open[:, :, done:]
+        self.low, self.open = tile.low, band
+
+    def finish(self) -> None:
+        assert self.open is not None
+        self.out[:, :, self.low :] = self.open
+        if self.sinks is not None:
+            self.out[:, :, : self.sinks.shape[2]] += self.sinks
+
+
+@dataclass(slots=True)
+class _Tiling:
+    """How the T x T square is cut into tiles."""
+
+    T: int
+    window: int
+    n_sink: int
+    block: int
+    _masks: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[_Tile]:
+        for start in range(0, self.T, self.block):
+            low = max(0, start - self.window + 1)
+            yield _Tile(start, min(self.T, start + self.block), low, min(self.n_sink, low))
+
+    def parts(self, queries: list[Tensor], keys: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Views of (B, H, T, D) as (B, K, R, T, D) and of (B, K, T, D), as many rows and KV heads as make a tile."""
+        B, K = keys[0].shape[:2]
+        views = [x.unflatten(1, (K, -1)) for x in queries] + keys
+        keys_of_tile = min(self.T, self.window + self.block + self.n_sink)
+        tile_bytes = views[0].shape[2] * self.block * keys_of_tile * keys[0].element_size()
+        heads = min(K, max(1, TILE_BYTES // tile_bytes))
+        rows = max(1, TILE_BYTES // (tile_bytes * heads))
+        for b in range(0, B, rows):
+            for h in range(0, K, heads):
+                yield [x[b : b + rows, h : h + heads] for x in views]
+
+    def probabilities(self, tile: _Tile, q: Tensor, k: Tensor) -> Tensor:
+        """(N, R b, S + L): the softmax over what each query sees."""
+        scores = torch.bmm(tile.queries(q) * q.shape[-1] ** -0.5, tile.keys(k).transpose(1, 2))
+        square = scores.unflatten(1, (-1, tile.stop - tile.start))  # (N, R, b, S + L), a view
+        newest, oldest = self._edges(tile, scores)
+        square[..., -newest.shape[1] :] += newest
+        square[..., tile.n_sink : tile.n_sink + oldest.shape[1]] += oldest
+        return torch.softmax(scores, dim=-1)
+
+    def _edges(self, tile: _Tile, like: Tensor) -> list[Tensor]:
+        """Additive masks of the columns that some query of the tile does not see: its own block, and the oldest."""
+        n_old = max(0, tile.stop - self.window - tile.low)
+        key = (tile.stop - tile.start, n_old, max(0, self.n_sink - tile.low))
+        if key not in self._masks:
+            q = torch.arange(tile.start, tile.stop, device=like.device)[:, None]
+            columns = (q.T, torch.arange(tile.low, tile.low + n_old, device=like.device)[None])
+            hidden = [~sees(q, column, self.window, self.n_sink) for column in columns]
+            self._masks[key] = [torch.zeros_like(h, dtype=like.dtype).masked_fill_(h, -torch.inf) for h in hidden]
+        return self._masks[key]
+
+
+def block_size(window: int, dtype: torch.dtype) -> int:
+    """The block that measured fastest: wider ones waste pairs, narrower ones waste matrix units."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return 128 if window < 1024 else 256
+    return 64
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    q, k, v, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *tiles_backward(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None
+
+
+tiles.register_autograd(_backward, setup_context=_save)
+tiles.register_fake(lambda q, k, v, window, n_sink, block: torch.empty_like(q))
+tiles_backward.register_fake(lambda grad, q, k, v, *_: tuple(torch.empty_like(x) for x in (q, k, v)))

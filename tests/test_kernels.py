@@ -1,0 +1,145 @@
+"""Kernels against the masked form of attention, which tests/test_attend.py holds equal to loops."""
+
+import pytest
+import torch
+from conftest import assert_equal
+from torch import Tensor
+
+import model.attend
+import model.kernels.tiles
+from model.attend import attend, kernel_name
+from model.kernels.flex import block_mask
+from model.kernels.tiles import tiles
+from model.memory import measure_peak
+from model.mixers.attention import AttentionSpec
+from model.visible import visible
+
+B, H, K, D = 2, 6, 2, 4
+CUDA = pytest.mark.gpu
+
+
+def make_spec(**overrides) -> AttentionSpec:
+    return AttentionSpec(**({"n_embd": 20, "n_head": H, "n_kv_head": K, "head_dim": D} | overrides))
+
+
+def make_qkv(T: int, *, heads: int = H, kv_heads: int = K, width: int = D, dtype=torch.float64, device="cpu"):
+    """As a fused projection leaves them: time before heads in memory."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, T, n, width) for n in (heads, kv_heads, kv_heads, heads)]
+    *qkv, grad = (torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes)
+    return [x.transpose(1, 2).requires_grad_() for x in qkv], grad.transpose(1, 2)
+
+
+def outputs(y: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+def judged(inputs: list[Tensor], grad: Tensor, spec: AttentionSpec) -> list[Tensor]:
+    """The masked form in float64."""
+    pos = torch.arange(inputs[0].shape[2])[None]
+    wide = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    return outputs(attend(*wide, pos, pos, spec), wide, grad.cpu().double())
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 200])
+@pytest.mark.parametrize("n_sink", [0, 3, 40])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 52, 53, 54])
+def test_tiles_equal_the_masked_form(window, n_sink, block):
+    inputs, grad = make_qkv(53)
+    ours = outputs(tiles(*inputs, window, n_sink, block), inputs, grad)
+    for actual, expected in zip(ours, judged(inputs, grad, make_spec(window=window, n_sink=n_sink)), strict=True):
+        assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("limit", [1, 3000])
+def test_tiles_in_parts_equal_the_masked_form(monkeypatch, kv_heads, limit):
+    monkeypatch.setattr(model.kernels.tiles, "TILE_BYTES", limit)
+    inputs, grad = make_qkv(29, kv_heads=kv_heads)
+    spec = make_spec(window=5, n_sink=2, n_kv_head=kv_heads)
+    for actual, expected in zip(
+        outputs(tiles(*inputs, 5, 2, 8), inputs, grad), judged(inputs, grad, spec), strict=True
+    ):
+        assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("T", [1, 40, 129])
+@pytest.mark.parametrize("window", [1, 2, 63, 64, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_chosen_kernel_equals_the_masked_form(dtype, window, T):
+    spec = make_spec(window=window, n_sink=0 if window is None else 4)
+    inputs, grad = make_qkv(T, dtype=dtype)
+    pos = torch.arange(T)[None]
+    ours = outputs(attend(*inputs, pos, pos, spec, contiguous=True), inputs, grad)
+    for actual, expected in zip(ours, judged(inputs, grad, spec), strict=True):
+        if dtype == torch.float64:
+            assert_equal(actual, expected)
+        else:
+            assert (actual.double() - expected).norm() <= 0.02 * expected.norm() + 1e-6
+
+
+def test_tiles_keep_batch_rows_apart():
+    inputs, grad = make_qkv(31)
+    whole = outputs(tiles(*inputs, 6, 2, 8), inputs, grad)
+    rows = [[x[b : b + 1].detach().requires_grad_() for x in inputs] for b in range(B)]
+    for b, row in enumerate(rows):
+        for alone, together in zip(outputs(tiles(*row, 6, 2, 8), row, grad[b : b + 1]), whole, strict=True):
+            assert_equal(alone[0], together[b], tolerance=1e-14)
+
+
+def test_tiles_are_one_operator_that_compilers_understand():
+    inputs, _ = make_qkv(20)
+    torch.library.opcheck(torch.ops.sash.tiles.default, (*inputs, 6, 2, 8))
+
+
+def test_tiles_memory_grows_with_the_text_and_not_with_its_square():
+    def peak(T: int) -> int:
+        inputs, grad = make_qkv(T, width=16, dtype=torch.float32)
+        with measure_peak(torch.device("cpu")) as found:
+            outputs(tiles(*inputs, 32, 4, 64), inputs, grad)
+        assert found.bytes is not None
+        return found.bytes
+
+    assert peak(4096) < 2.2 * peak(2048)
+
+
+def test_on_a_cpu_bfloat16_takes_tiles_and_float32_the_fused_kernel():
+    device, spec = torch.device("cpu"), make_spec()
+    assert kernel_name(spec, 512, device, torch.bfloat16) == "tiles"
+    assert kernel_name(spec, 512, device, torch.float32) == "sdpa-causal-expanded"
+
+
+@pytest.mark.parametrize(("window", "n_sink"), [(None, 0), (40, 0), (40, 5)])
+def test_flex_mask_is_visible(window, n_sink):
+    T = 300
+    pos = torch.arange(T)
+    mask = block_mask(T, window, n_sink, torch.device("cpu"))
+    seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), pos[:, None], pos[None])
+    assert torch.equal(seen, visible(pos[None], pos[None], make_spec(window=window, n_sink=n_sink))[0, 0])
+
+
+@CUDA
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kernel", ["auto", "flex", "tiles"])
+@pytest.mark.parametrize(("window", "n_sink"), [(1, 0), (64, 0), (64, 4), (255, 4), (299, 0), (300, 0)])
+def test_cuda_kernels_equal_the_masked_form(window, n_sink, kernel, compiled):
+    T = 300
+    spec = make_spec(window=window, n_sink=n_sink, head_dim=64, kernel=kernel)
+    inputs, grad = make_qkv(T, width=64, dtype=torch.bfloat16, device="cuda")
+    pos = torch.arange(T, device="cuda")[None]
+    shared = {("block_mask", window, n_sink): block_mask(T, window, n_sink, torch.device("cuda"))}
+    run = torch.compile(attend) if compiled else attend
+    ours = outputs(run(*inputs, pos, pos, spec, contiguous=True, shared=shared), inputs, grad)
+    for actual, expected in zip(ours, judged(inputs, grad, spec), strict=True):
+        assert (actual.cpu().double() - expected).norm() <= 0.02 * expected.norm()
+
+
+@CUDA
+def test_masked_attention_with_fewer_kv_heads_stays_below_its_mask_on_cuda():
+    T, spec = 4096, make_spec(window=512, head_dim=64)
+    inputs, _ = make_qkv(T, width=64, dtype=torch.bfloat16, device="cuda")
+    pos = torch.arange(T, device="cuda")[None]
+    with torch.no_grad(), measure_peak(torch.device("cuda")) as found:
+        attend(*inputs, pos, pos, spec)
+    assert found.bytes is not None
+    assert found.bytes - sum(x.nbytes for x in inputs) < B * H * T * T  # an unfused kernel holds that many scores
