@@ -1,6 +1,7 @@
 """Which device, dtype and compilation a run uses, and how fast the device multiplies."""
 
 import contextlib
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Runtime:
 def resolve(device: str = "auto", dtype: DType = "auto", compile: Switch = "auto", *, flops: float = 0) -> Runtime:
     """Choose by capability; `flops` is the size of the job. UserError for a device that is not there."""
     kind, why_device = _device(device)
+    if kind.type == "cpu":  # large tensors come and go: huge pages spare a page fault every 4 KiB of them
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     chosen_dtype, why_dtype = _dtype(kind, dtype)
     chosen_compile, why_compile = _compile(kind, compile, flops)
     name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{torch.get_num_threads()} threads"

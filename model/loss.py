@@ -1,5 +1,9 @@
 """Cross-entropy from hidden states, a chunk of tokens at a time: the (B, T, V) logits never exist whole.
 
+For a mean the gradients are made in the forward pass while a chunk's logits exist (2410.10989), three matrix products in
+all; for losses by token their weights are not known yet, and the backward pass computes the logits again. Products run in
+the autocast dtype, everything between them in float32.
+
 Dimensions: N tokens, C n_embd, V vocab_size.
 """
 
@@ -8,31 +12,117 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 1 << 23  # logits that exist at a time
+CHUNK_ELEMENTS = 1 << 27  # logits that exist at a time: with fewer, adding up the head's gradient costs time
+CACHED_ELEMENTS = 1 << 20  # of them, those that a CPU works on at a time between two matrix products
+IGNORED = -100
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+def cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: Literal["mean", "none"] = "mean",
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
     """(..., C) hidden states, (V, C) head, (...) targets -> float32 loss: the mean over targets, or one for each.
 
-    Targets of -100 count as nothing.
+    Targets of -100 count as nothing. softcap c: logits are c tanh(logits / c) (2408.00118). z_loss adds the gradient of
+    z_loss * log(Z)**2 (2204.02311) and leaves the value that of cross-entropy alone.
     """
-    flat, goal = x.flatten(0, -2), targets.flatten()  # (N, C), (N,)
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    losses = torch.cat(
-        [
-            checkpoint(_chunk_loss, h, weight, t, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else _chunk_loss(h, weight, t)
-            for h, t in zip(flat.split(size), goal.split(size), strict=True)
-        ]
-    )  # (N,)
-    if reduction == "none":
-        return losses.view(targets.shape)
-    return losses.sum() / (goal != -100).sum().clamp(min=1)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    loss = _ChunkedCrossEntropy.apply(
+        x.flatten(0, -2), weight, targets.flatten(), reduction == "mean", dtype, softcap, z_loss
+    )
+    return loss.view(targets.shape) if reduction == "none" else loss
 
 
-def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(x, weight)
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, mean, dtype, softcap, z_loss):
+        count = (targets != IGNORED).sum().clamp(min=1)
+        ctx.mean, ctx.numbers = mean, (dtype, softcap, z_loss)
+        needs_grad = any(ctx.needs_input_grad)
+        if mean and needs_grad:
+            weights = torch.ones_like(targets, dtype=torch.promote_types(dtype, torch.float32)) / count
+            losses, *ctx.grads = _chunks(x, weight, targets, weights, *ctx.numbers)
+        else:
+            losses, *_ = _chunks(x, weight, targets, None, *ctx.numbers)
+            if needs_grad:
+                ctx.save_for_backward(x, weight, targets)
+        return losses.sum() / count if mean else losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.mean:
+            grads, ctx.grads = ctx.grads, None
+            assert grads is not None, "the gradients of a mean are made once: call backward once"
+            dx, dweight = (g.mul_(grad) for g in grads)
+        else:
+            _, dx, dweight = _chunks(*ctx.saved_tensors, grad, *ctx.numbers)
+        return dx, dweight, None, None, None, None, None
+
+
+def _chunks(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    dtype: torch.dtype,
+    softcap: float | None,
+    z_loss: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss of each of N tokens and, given what each one weighs, the gradients of x and of the head."""
+    head = weight.to(dtype)  # (V, C)
+    losses = torch.empty(len(targets), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
+    dx = None if weights is None else torch.empty_like(x)
+    dweight = None
+    size = max(1, CHUNK_ELEMENTS // len(head))
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            h = x[part].to(dtype)  # (n, C)
+            logits = F.linear(h, head)  # (n, V), of which the gradient takes the place
+            scale = None if weights is None else weights[part]
+            losses[part] = _loss_and_slope(logits, targets[part], scale, softcap, z_loss)
+            if dx is not None:
+                dx[part] = logits @ head
+                of_part = logits.T @ h  # (V, C)
+                dweight = of_part.to(weight.dtype) if dweight is None else dweight.add_(of_part)
+    return losses, dx, dweight
+
+
+def _loss_and_slope(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float
+) -> Tensor:
+    """The loss (n,) of (n, V) logits; with weights (n,), the logits become their own gradient, in place.
+
+    On a CPU a few rows at a time, so that what lies between logits and gradient stays in its caches.
+    """
+    n = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return torch.cat([
+        _rows(rows, goal, None if weights is None else weights[i * n : (i + 1) * n], softcap, z_loss)
+        for i, (rows, goal) in enumerate(zip(logits.split(n), targets.split(n), strict=True))
+    ])
+
+
+def _rows(logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float) -> Tensor:
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    at, real = targets.clamp(min=0)[:, None], targets != IGNORED
+    goal = z.gather(1, at)[:, 0]
+    slope = 1 - (z / softcap).square() if softcap is not None else None
+    top = z.amax(dim=1, keepdim=True)
+    e = torch.exp(z - top)
+    total = e.sum(dim=1, keepdim=True)
+    log_z = (top + total.log())[:, 0]
+    if weights is not None:
+        scale = (weights * real)[:, None].to(z.dtype)
+        g = e.mul_(scale * (1 + 2 * z_loss * log_z[:, None]) / total)
+        g.scatter_add_(1, at, -scale)
+        logits.copy_(g if slope is None else g.mul_(slope))
+    return (log_z - goal) * real
