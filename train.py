@@ -28,7 +28,7 @@ from model.errors import UserError
 from model.evaluate import evaluate
 from model.gpt import GPT
 from model.memory import PeakMemory, measure_peak, training_tensors
-from model.optim import lr_factor, make_adamw
+from model.optim import Optimizers, lr_factor, make_optimizers
 
 CACHE_LENGTHS = (32_768,)  # beside block_size, where summary.json states the bytes of the KV cache
 
@@ -81,10 +81,17 @@ def run(config: RunConfig) -> RunResult:
     torch.manual_seed(config.seed)
     model = GPT(config.model).to(runtime.device)
     optim = config.optim
-    optimizer = make_adamw(model, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    optimizers = make_optimizers(
+        model,
+        optimizer=optim.optimizer,
+        muon_lr=optim.muon_lr,
+        adamw_lr=optim.peak_adamw_lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+    )
     progress = Progress()
     if resumed:
-        checkpoint.load_training(model, optimizer, resumed)
+        checkpoint.load_training(model, optimizers, resumed)
         progress = Progress(**resumed.state["progress"])
     rate = matmul_rate(runtime)
     announce(config, prepared, runtime, resumed_at=progress.step)
@@ -95,7 +102,7 @@ def run(config: RunConfig) -> RunResult:
         compile_blocks(model)
 
     kernel = model.kernel_names(T, runtime.dtype)
-    trainer = Trainer(config, model, optimizer, loader, runtime, kernel=kernel, peak_flops=rate)
+    trainer = Trainer(config, model, optimizers, loader, runtime, kernel=kernel, peak_flops=rate)
     metrics = Metrics(run_dir, config)
     val = prepared.split("val")
     eval_rows, eval_tokens = config.micro_rows, config.train.eval_tokens
@@ -120,7 +127,7 @@ def run(config: RunConfig) -> RunResult:
                 bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()})
             bar.update()
             if final or improved or stopped or progress.step % config.train.checkpoint_every == 0:
-                run_dir.save(model, optimizer, asdict(progress), best=improved)
+                run_dir.save(model, optimizers, asdict(progress), best=improved)
     metrics.close()
     if stopped:
         print(f"stopped at step {progress.step}; the same command goes on from there", file=sys.stderr)
@@ -137,14 +144,14 @@ class Trainer:
         self,
         config: RunConfig,
         model: GPT,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Optimizers,
         loader: TrainLoader,
         runtime: Runtime,
         *,
         kernel: str,
         peak_flops: float,
     ):
-        self.config, self.model, self.optimizer, self.loader, self.runtime = config, model, optimizer, loader, runtime
+        self.config, self.model, self.optimizers, self.loader, self.runtime = config, model, optimizers, loader, runtime
         self.kernel, self.peak_flops = kernel, peak_flops
         self.flops_per_token = cost.train_flops(config.model, config.model.block_size) / config.model.block_size
         self.n_steps = 0  # of this process
@@ -157,7 +164,7 @@ class Trainer:
         """One optimizer step. The second of a process is measured for memory: the first warms up."""
         start = time.perf_counter()
         if self.n_steps == 1:
-            with measure_peak(self.runtime.device, training_tensors(self.model, self.optimizer)) as self.train_peak:
+            with measure_peak(self.runtime.device, training_tensors(self.model, self.optimizers)) as self.train_peak:
                 loss = self._update(progress.step)
         else:
             loss = self._update(progress.step)
@@ -182,8 +189,7 @@ class Trainer:
             decay_fraction=optim.decay_fraction,
             final=optim.final_lr,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = optim.lr * factor
+        self.optimizers.set_lr(factor)
         total = 0.0
         for first in range(0, rows, micro):
             idx, targets = (x.to(self.runtime.device) for x in self.loader.rows(step, range(first, first + micro)))
@@ -195,10 +201,9 @@ class Trainer:
         if not math.isfinite(total) or not math.isfinite(self.grad_norm):
             raise NonFiniteError(
                 f"step {step + 1}: the loss is {total}, the norm of its gradient {self.grad_norm}; stopped before the "
-                f"optimizer step. The last checkpoint stands: try a lower optim.lr ({optim.lr}) under another --name"
+                "optimizer step, the last checkpoint stands: try a lower optim.muon_lr or optim.adamw_lr under another --name"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizers.step()
         return total
 
     @contextmanager
@@ -206,7 +211,7 @@ class Trainer:
         """Around an evaluation: its time, and the first time its memory."""
         start = time.perf_counter()
         if self.eval_peak is None:
-            with measure_peak(self.runtime.device, training_tensors(self.model, self.optimizer)) as self.eval_peak:
+            with measure_peak(self.runtime.device, training_tensors(self.model, self.optimizers)) as self.eval_peak:
                 yield
         else:
             yield
@@ -221,7 +226,7 @@ class Trainer:
             "tokens": progress.step * self.config.train.global_batch_tokens,
             "elapsed_s": round(progress.elapsed_s, 3),
             "train_loss": progress.loss_sum / progress.loss_count,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizers.lr,
             "grad_norm": self.grad_norm,
             "tokens_per_s": speed and round(speed, 1),
             "mfu": speed and round(speed * self.flops_per_token / self.peak_flops, 4),

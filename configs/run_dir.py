@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from configs.load import build
@@ -19,6 +18,7 @@ from model.checkpoint import Checkpoint
 from model.device import Runtime
 from model.errors import UserError
 from model.gpt import GPT
+from model.optim import Optimizers
 
 MAY_CHANGE = (  # on resume: none of them is part of the experiment
     *("name", "out_dir", "data.dir", "device", "dtype", "compile", "log", "model.kernel"),
@@ -87,10 +87,10 @@ class RunDir:
         (self.path / "summary.json").unlink(missing_ok=True)
         checkpoint.write_json(self.path / "config.json", {"config": config.model_dump(mode="json"), **facts})
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], *, best: bool) -> None:
+    def save(self, model: nn.Module, optimizers: Optimizers, progress: dict[str, Any], *, best: bool) -> None:
         """A checkpoint that `latest`, and if it is the best so far `best`, points to; old ones go."""
         saved = checkpoint.save(
-            self.checkpoints, step=progress["step"], model=model, optimizer=optimizer, state={"progress": progress}
+            self.checkpoints, step=progress["step"], model=model, optimizers=optimizers, state={"progress": progress}
         )
         checkpoint.point(self.checkpoints, "latest", saved)
         if best:

@@ -1,7 +1,7 @@
 """RunConfig: all that a run is, with every default; TOML files and the command line say only what differs."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,9 +23,13 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning rate over time."""
+    """Muon or AdamW, and the learning rate over time."""
 
-    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="of the matrices in the layers; AdamW has the rest")
+    muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon")
+    adamw_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of AdamW; none: 5e-3 beside Muon, 1e-3 alone"
+    )
     schedule: Schedule = Field(
         "trapezoid", description="after warm-up: cosine, trapezoid (flat, then linear decay), constant"
     )
@@ -33,9 +37,9 @@ class OptimConfig(Section):
     decay_fraction: float = Field(
         0.4, gt=0, le=1, description="of all steps, the last ones in which a trapezoid decays"
     )
-    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a fraction of lr")
+    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two averages")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; norms and biases do not decay")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; beside Muon not on embeddings")
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
 
     @model_validator(mode="after")
@@ -43,6 +47,12 @@ class OptimConfig(Section):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas ({self.betas}) must each be at least 0 and below 1")
         return self
+
+    @property
+    def peak_adamw_lr(self) -> float:
+        if self.adamw_lr is not None:
+            return self.adamw_lr
+        return 5e-3 if self.optimizer == "muon" else 1e-3
 
 
 class TrainConfig(Section):

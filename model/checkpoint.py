@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.errors import UserError
+from model.optim import Optimizers
 
 FORMAT = 1
 
@@ -30,9 +31,7 @@ class Checkpoint:
         return self.state["step"]
 
 
-def save(
-    root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, state: dict
-) -> Path:
+def save(root: Path, *, step: int, model: nn.Module, optimizers: Optimizers | None = None, state: dict) -> Path:
     """Write root/step_XXXXXXXX and return its path. It appears by rename; a crash leaves only a *.tmp directory."""
     final = root / f"step_{step:08d}"
     partial = root / f"{final.name}.tmp"
@@ -40,8 +39,8 @@ def save(
     partial.mkdir(parents=True)
     try:
         save_file(_unique(model.state_dict()), partial / "model.safetensors")
-        if optimizer is not None:
-            save_file(_optimizer_tensors(model, optimizer) | _rng_tensors(), partial / "optimizer.safetensors")
+        if optimizers is not None:
+            save_file(_optimizer_tensors(model, optimizers) | _rng_tensors(), partial / "optimizer.safetensors")
         files = {file.name: _digest(file) for file in sorted(partial.iterdir())}
         write_json(partial / "state.json", {"format": FORMAT, "step": step, **state, "sha256": files})
         for file in partial.iterdir():
@@ -106,7 +105,7 @@ def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(tensors, strict=False)  # tied weights are stored once
 
 
-def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+def load_training(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoint) -> None:
     """Weights, optimizer state and the state of the random generators, as they were."""
     load_model(model, checkpoint)
     tensors = _load(checkpoint.path / "optimizer.safetensors")
@@ -115,8 +114,7 @@ def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint
         kind, _, rest = key.partition("/")
         if kind == "optimizer":
             name, _, slot = rest.rpartition("/")
-            p = names[name]
-            optimizer.state[p][slot] = value.to(p.device)
+            optimizers.load(names[name], slot, value)
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
@@ -147,11 +145,11 @@ def _unique(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"optimizer/{names[p]}/{slot}": value.contiguous()
-        for p, state in optimizer.state.items()
+        for p, state in optimizers.state.items()
         for slot, value in state.items()
     }
 

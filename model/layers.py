@@ -31,15 +31,17 @@ class MLP(nn.Module):
     def __init__(self, kind: str, width: int, hidden: int, bias: bool):
         super().__init__()
         self.kind = kind
-        self.c_fc = nn.Linear(width, 2 * hidden if kind == "swiglu" else hidden, bias=bias)
+        self.c_gate = nn.Linear(width, hidden, bias=bias) if kind == "swiglu" else None
+        self.c_fc = nn.Linear(width, hidden, bias=bias)
         self.c_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        if self.kind == "swiglu":
-            gate, up = x.chunk(2, dim=-1)
-            return self.c_proj(F.silu(gate) * up)
-        return self.c_proj(F.gelu(x) if self.kind == "gelu" else F.relu(x).square())
+        hidden = self.c_fc(x)
+        if self.c_gate is not None:
+            hidden = F.silu(self.c_gate(x)) * hidden
+        else:
+            hidden = F.gelu(hidden) if self.kind == "gelu" else F.relu(hidden).square()
+        return self.c_proj(hidden)
 
 
 def rope_table(pos: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Cross-entropy from hidden states, a chunk of tokens at a time: the (B, T, V) logits never exist whole.
 
-For a mean the gradients are made in the forward pass while a chunk's logits exist (2410.10989), three matrix products in
-all; for losses by token their weights are not known yet, and the backward pass computes the logits again. Products run in
-the autocast dtype, everything between them in float32.
+For a mean the gradients are made in the forward pass while a chunk's logits exist (2410.10989), three matrix products
+in all; for losses by token their weights are not known yet, and the backward pass makes the logits again. Products run
+in the autocast dtype, everything between them in float32.
 
 Dimensions: N tokens, C n_embd, V vocab_size.
 """
@@ -62,7 +62,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             assert grads is not None, "the gradients of a mean are made once: call backward once"
             dx, dweight = (g.mul_(grad) for g in grads)
         else:
-            _, dx, dweight = _chunks(*ctx.saved_tensors, grad, *ctx.numbers)
+            x, weight, targets = ctx.saved_tensors
+            _, dx, dweight = _chunks(x, weight, targets, grad, *ctx.numbers)
         return dx, dweight, None, None, None, None, None
 
 
@@ -103,10 +104,12 @@ def _loss_and_slope(
     On a CPU a few rows at a time, so that what lies between logits and gradient stays in its caches.
     """
     n = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    return torch.cat([
-        _rows(rows, goal, None if weights is None else weights[i * n : (i + 1) * n], softcap, z_loss)
-        for i, (rows, goal) in enumerate(zip(logits.split(n), targets.split(n), strict=True))
-    ])
+    return torch.cat(
+        [
+            _rows(rows, goal, None if weights is None else weights[i * n : (i + 1) * n], softcap, z_loss)
+            for i, (rows, goal) in enumerate(zip(logits.split(n), targets.split(n), strict=True))
+        ]
+    )
 
 
 def _rows(logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float) -> Tensor:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.optim import Optimizers
+
 
 @dataclass(slots=True)
 class PeakMemory:
@@ -60,13 +62,13 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}.values())
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def training_tensors(model: nn.Module, optimizers: Optimizers) -> Iterator[Tensor]:
     """Parameters, gradients and optimizer state: what lives from step to step."""
     for p in model.parameters():
         yield p
         if p.grad is not None:
             yield p.grad
-    for state in optimizer.state.values():
+    for state in optimizers.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 

@@ -1,24 +1,78 @@
-"""The optimizer and its learning rate over time."""
+"""The optimizers and their learning rate over time."""
 
 import math
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Schedule = Literal["cosine", "trapezoid", "constant"]
 
 
-def make_adamw(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW (1711.05101), fused; matrices decay, norms and biases do not."""
+class Optimizers:
+    """The optimizers of one network as one: a step of all, the state of all."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+        self.all = optimizers
+        self._peak = [[group["lr"] for group in o.param_groups] for o in optimizers]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Parameter -> name -> tensor."""
+        return {p: state for o in self.all for p, state in o.state.items()}
+
+    def load(self, p: Tensor, name: str, value: Tensor) -> None:
+        """Put one tensor of state back."""
+        owner = next(o for o in self.all if any(p is q for group in o.param_groups for q in group["params"]))
+        owner.state[p][name] = value.to(p.device)
+
+    def set_lr(self, factor: float) -> None:
+        """Every learning rate to `factor` of its peak."""
+        for optimizer, peaks in zip(self.all, self._peak, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+    @property
+    def lr(self) -> float:
+        """The first one's, now."""
+        return self.all[0].param_groups[0]["lr"]
+
+    def step(self) -> None:
+        """Update the weights and drop the gradients."""
+        for optimizer in self.all:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def make_optimizers(
+    model: nn.Module,
+    *,
+    optimizer: Literal["muon", "adamw"],
+    muon_lr: float,
+    adamw_lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> Optimizers:
+    """Muon (2502.16982) for the matrices inside the layers and AdamW (1711.05101) for the rest, or AdamW for all.
+
+    Matrices decay; embeddings beside Muon, norms and biases do not.
+    """
+    inside = {p for module in model.h for p in module.parameters() if p.dim() == 2}  # type: ignore[union-attr]
     params = [p for p in model.parameters() if p.requires_grad]
+    if optimizer == "muon":
+        matrices = [p for p in params if p in inside]
+        others = [p for p in params if p not in inside]
+        return Optimizers(
+            [
+                torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
+                torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=0.0, fused=True),
+            ]
+        )
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return Optimizers([torch.optim.AdamW(groups, lr=adamw_lr, betas=betas, fused=True)])
 
 
 def lr_factor(

@@ -1,5 +1,7 @@
 """Costs by arithmetic against what PyTorch counts and allocates."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import random_tokens, tiny_config, tiny_model
@@ -8,11 +10,12 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attend import visible
+import model.attend
 from model.config import ModelConfig
 from model.cost import cache_bytes, n_params, train_flops
 from model.gpt import GPT
 from model.mixers.attention import AttentionSpec
+from model.visible import visible
 
 B, T = 3, 13
 SHAPES = st.fixed_dictionaries(
@@ -67,9 +70,10 @@ def test_pairs_are_those_that_are_visible(window, n_sink):
 
 def counted_flops(config: ModelConfig, *, backward: bool) -> int:
     """What PyTorch counts for one batch when attention is two matrix products over all T x T pairs."""
-    model, idx = tiny_model(config), random_tokens(B, T)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        logits = model(idx)
+    network, idx = tiny_model(config), random_tokens(B, T)
+    masked = patch.object(model.attend, "kernel_name", lambda *_, **__: "masked")
+    with masked, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        logits = network(idx)
         if backward:
             logits.sum().backward()
     return counter.get_total_flops()

@@ -46,10 +46,9 @@ def test_gqa_equals_mha_with_repeated_kv_heads(n_kv_head):
     config, idx = tiny_config(n_kv_head=n_kv_head, pattern="swa full", window=4), random_tokens(B, T)
     gqa, mha = tiny_model(config), tiny_model(config.model_copy(update={"n_kv_head": None}), seed=7)
     state = gqa.state_dict()
-    for name in [name for name in state if name.endswith("c_attn.weight")]:
-        q, k, v = state[name].view(-1, 8, 20).split((6, n_kv_head, n_kv_head))
-        k, v = (x.repeat_interleave(6 // n_kv_head, dim=0) for x in (k, v))
-        state[name] = torch.cat((q, k, v)).flatten(0, 1)
+    for name in [name for name in state if name.endswith(("c_k.weight", "c_v.weight"))]:
+        heads = state[name].view(n_kv_head, 8, 20)
+        state[name] = heads.repeat_interleave(6 // n_kv_head, dim=0).flatten(0, 1)
     mha.load_state_dict(state)
     assert_equal(mha(idx), gqa(idx))
 

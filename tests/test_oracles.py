@@ -33,25 +33,22 @@ def transformers():
 
 
 def copy_llama(ours: GPT, theirs: nn.Module) -> None:
-    """Our weights into Llama, Mistral or Qwen3: theirs are ours, with q, k, v and gate, up apart."""
+    """Our weights into Llama, Mistral or Qwen3: only the names differ."""
     put = lambda module, weight: module.weight.data.copy_(weight.data)
     put(theirs.model.embed_tokens, ours.wte.weight)
     for block, layer in zip(ours.h, theirs.model.layers, strict=True):
-        spec, attention = block.mixer.spec, layer.self_attn
+        attention = layer.self_attn
         put(layer.input_layernorm, block.norm_1.weight)
-        sizes = [n * spec.head_dim for n in (spec.n_head, spec.n_kv_head, spec.n_kv_head)]
-        q, k, v = block.mixer.c_attn.weight.split(sizes)
-        put(attention.q_proj, q)
-        put(attention.k_proj, k)
-        put(attention.v_proj, v)
+        put(attention.q_proj, block.mixer.c_q.weight)
+        put(attention.k_proj, block.mixer.c_k.weight)
+        put(attention.v_proj, block.mixer.c_v.weight)
         put(attention.o_proj, block.mixer.c_proj.weight)
-        if spec.qk_norm:
+        if block.mixer.spec.qk_norm:
             put(attention.q_norm, block.mixer.q_norm.weight)
             put(attention.k_norm, block.mixer.k_norm.weight)
         put(layer.post_attention_layernorm, block.norm_2.weight)
-        gate, up = block.mlp.c_fc.weight.chunk(2)
-        put(layer.mlp.gate_proj, gate)
-        put(layer.mlp.up_proj, up)
+        put(layer.mlp.gate_proj, block.mlp.c_gate.weight)
+        put(layer.mlp.up_proj, block.mlp.c_fc.weight)
         put(layer.mlp.down_proj, block.mlp.c_proj.weight)
     put(theirs.model.norm, ours.ln_f.weight)
     put(theirs.lm_head, ours.lm_head.weight)
@@ -68,7 +65,9 @@ def copy_gpt2(ours: GPT, theirs: nn.Module) -> None:
     theirs.transformer.wpe.weight.data.copy_(ours.wpe.weight.data)
     for block, layer in zip(ours.h, theirs.transformer.h, strict=True):
         put(layer.ln_1, block.norm_1)
-        put(layer.attn.c_attn, block.mixer.c_attn, transpose=True)
+        qkv = [block.mixer.c_q, block.mixer.c_k, block.mixer.c_v]
+        layer.attn.c_attn.weight.data.copy_(torch.cat([c.weight.data for c in qkv]).T)
+        layer.attn.c_attn.bias.data.copy_(torch.cat([c.bias.data for c in qkv]))
         put(layer.attn.c_proj, block.mixer.c_proj, transpose=True)
         put(layer.ln_2, block.norm_2)
         put(layer.mlp.c_fc, block.mlp.c_fc, transpose=True)

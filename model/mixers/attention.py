@@ -74,7 +74,9 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         H, K, D = spec.n_head, spec.n_kv_head, spec.head_dim
-        self.c_attn = nn.Linear(spec.n_embd, (H + 2 * K) * D, bias=spec.bias)
+        self.c_q = nn.Linear(spec.n_embd, H * D, bias=spec.bias)  # apart: Muon treats each matrix as one
+        self.c_k = nn.Linear(spec.n_embd, K * D, bias=spec.bias)
+        self.c_v = nn.Linear(spec.n_embd, K * D, bias=spec.bias)
         self.c_proj = nn.Linear(H * D, spec.n_embd, bias=spec.bias)
         self.q_norm = RMSNorm(D, spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, spec.norm_eps) if spec.qk_norm else nn.Identity()
@@ -100,9 +102,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        H, K, D = self.spec.n_head, self.spec.n_kv_head, self.spec.head_dim
-        heads = self.c_attn(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2K, T, D)
-        q, k, v = heads.split((H, K, K), dim=1)
+        D = self.spec.head_dim
+        q, k, v = (c(x).view(B, T, -1, D).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))  # (B, H or K, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if (base := self.spec.rope_base) is not None:
             cos, sin = step.once(("rope", D, base), lambda: rope_table(step.pos, D, base))
@@ -112,7 +113,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, k_pos = cache.update(k, v, step)  # (B, K, keys, D)
         y = attend(q, k, v, step.pos, k_pos, self.spec, contiguous=step.contiguous, shared=step.shared)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, H * D))
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
     def new_cache(
         self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype, *, rolling: bool = True
