@@ -201,7 +201,7 @@ class Trainer:
         if not math.isfinite(total) or not math.isfinite(self.grad_norm):
             raise NonFiniteError(
                 f"step {step + 1}: the loss is {total}, the norm of its gradient {self.grad_norm}; stopped before the "
-                "optimizer step, the last checkpoint stands: try a lower optim.muon_lr or optim.adamw_lr under another --name"
+                "optimizer step, the last checkpoint stands: begin again with lower learning rates under another --name"
             )
         self.optimizers.step()
         return total

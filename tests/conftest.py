@@ -1,15 +1,26 @@
-"""What the tests share: small networks whose sizes all differ, and ways of feeding them in chunks."""
+"""What the tests share: small networks whose sizes all differ, ways of feeding them in chunks, and runs of a second."""
 
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
 
+from configs.load import load
+from configs.program import exit_with_one_line
+from configs.run_dir import RunDir
+from configs.schema import RunConfig
+from data.tokenizer import make_tokenizer
 from model.cache import Cache
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.optim import Optimizers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where the machine is busy
@@ -17,6 +28,7 @@ settings.register_profile("sash", deadline=None, derandomize=True, database=None
 settings.register_profile("long", settings.get_profile("sash"), derandomize=False, max_examples=500)
 settings.load_profile("sash")
 
+ROOT = Path(__file__).parents[1]
 VOCAB = 31
 SMALL = {
     "vocab_size": VOCAB,
@@ -93,3 +105,126 @@ def logits_ragged(
             out[b].append(logits[b, :count])
             done[b] += count
     return out
+
+
+# Runs: a network of a millisecond, on a few kB of sentences.
+
+RUN = {
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": "off",
+    "model": {"block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 24, "pattern": "swa full"},
+    "data": {"tokenizer": "byte"},
+    "train": {"max_steps": 12, "global_batch_tokens": 96, "eval_every": 5, "log_every": 1, "checkpoint_every": 4},
+    "log": {"progress": False},
+}
+RUN["model"]["window"] = 5
+
+
+def sentences(n: int = 90) -> str:
+    """Lines that differ and can be learned, with characters of one to four bytes."""
+    who, what = ("The cat", "A naïve dog", "日本の猫", "My 😀 friend", "Nobody"), ("sees", "hears", "paints", "forgets")
+    return "".join(f"{who[i % 5]} {what[i % 4]} {i * i % 97} “{'old' if i % 3 else 'new'}” things.\n" for i in range(n))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of sentences; beside it lie its tokens, prepared once."""
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text(sentences(), encoding="utf-8")
+    return path
+
+
+def run_values(out: Path, text: Path, name: str, **changes) -> dict:
+    """What load() takes for a tiny run out/name; changes are keys, or sections of them."""
+    values = RUN | {"name": name, "out_dir": str(out)}
+    values["data"] = RUN["data"] | {"text": str(text), "dir": str(text.parent / "prepared")}
+    for key, change in changes.items():
+        values[key] = values[key] | change if isinstance(change, dict) else change
+    return values
+
+
+def run_config(out: Path, text: Path, name: str = "run", **changes) -> RunConfig:
+    return load(None, run_values(out, text, name, **changes))
+
+
+def command_line(out: Path, text: Path, name: str = "run", **changes) -> list[str]:
+    """The same run as arguments of train.py."""
+    arguments: list[str] = []
+    for key, value in run_values(out, text, name, **changes).items():
+        for option, x in (
+            {f"{key}.{k}": v for k, v in value.items()}.items() if isinstance(value, dict) else [(key, value)]
+        ):
+            arguments += [f"--{option}", str(x)] if not isinstance(x, bool) else [("--" if x else "--no-") + option]
+    return [a.replace("--no-log.", "--log.no-") for a in arguments]
+
+
+def save_run(path: Path, *, seed: int = 0, **model) -> GPT:
+    """A run directory that generates: random float32 weights and the byte tokenizer, nothing trained."""
+    tokenizer = make_tokenizer("byte")
+    config = load(None, {"name": path.name, "out_dir": str(path.parent), "model": SMALL | {"vocab_size": 257} | model})
+    network = tiny_model(config.model, seed=seed, dtype=torch.float32)
+    run = RunDir(path)
+    run.begin(config, {"data": "none"})
+    run.save(network, Optimizers([torch.optim.AdamW(network.parameters())]), {"step": 3}, best=True)
+    tokenizer.save(path / "tokenizer.json")
+    return network
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def assert_refused(self, *parts: str) -> None:
+        """Exit code 2 and one line on standard error that says all parts."""
+        assert self.code == 2, self
+        assert self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.err
+        assert [part for part in parts if part not in self.err] == [], self.err
+
+
+Program = Callable[..., Ended]
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
+    """Call a program's main() as the command line would, in this process."""
+
+    def call(main: Callable[[], None], *arguments: object, name: str = "program.py") -> Ended:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            exit_with_one_line(main)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        return Ended(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def unmeasured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare each run the fraction of a second in which it measures what the hardware multiplies."""
+    monkeypatch.setattr("train.matmul_rate", lambda runtime: 1e12)
+
+
+def start_program(*arguments: object, **options) -> subprocess.Popen[str]:
+    """A real process from the checkout, with one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def run_program(*arguments: object, **options) -> Ended:
+    """A real process, to its end."""
+    process = start_program(*arguments, **options)
+    out, err = process.communicate(timeout=120)
+    return Ended(process.returncode, out, err)
