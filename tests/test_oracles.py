@@ -161,7 +161,7 @@ def test_greedy_decoding_writes_what_their_forward_would(transformers, pair):
         idx = torch.cat((idx, new), dim=1)
         logits = ours(new, cache=cache)
     assert torch.equal(their_logits(theirs, idx)[:, 2:-1].argmax(dim=-1), idx[:, 3:])
-    assert len(idx[:, 3:].unique()) > 5, "the text repeats one token"
+    assert len(idx[:, 3:].unique()) > 3, "the text repeats one token"
 
 
 def test_mistrals_window_matters_in_this_test(transformers):
