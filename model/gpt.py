@@ -13,7 +13,7 @@ from model.attend import kernel_name, prepare
 from model.cache import Cache, LayerState
 from model.config import ModelConfig
 from model.errors import UserError
-from model.layers import MLP, make_norm
+from model.layers import MLP, make_norm, to_product_dtype
 from model.loss import cross_entropy
 from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
@@ -33,8 +33,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, step: Step, cache: LayerState | None = None) -> Tensor:
-        x = x + self.dropout(self.mixer(self.norm_1(x), step, cache))
-        return x + self.dropout(self.mlp(self.norm_2(x)))
+        x = x + self.dropout(self.mixer(to_product_dtype(self.norm_1(x)), step, cache))
+        return x + self.dropout(self.mlp(to_product_dtype(self.norm_2(x))))
 
 
 class GPT(nn.Module):

@@ -25,6 +25,12 @@ def make_norm(name: str, width: int, *, eps: float, bias: bool) -> nn.Module:
     return RMSNorm(width, eps) if name == "rmsnorm" else nn.LayerNorm(width, eps=eps, bias=bias)
 
 
+def to_product_dtype(x: Tensor) -> Tensor:
+    """x as autocast would make it for a matrix product: once, where several products share it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class MLP(nn.Module):
     """(B, T, C) -> (B, T, C) through a hidden layer: gelu, squared relu (2109.08668), or swiglu (2002.05202)."""
 
