@@ -98,6 +98,7 @@ def run(config: RunConfig) -> RunResult:
     run_dir.begin(config, environment(runtime) | {"data": prepared.digest, "matmul_flops_per_s": rate})
     run_dir.cut_metrics(progress.step)
     prepared.tokenizer.save(run_dir.path / "tokenizer.json")
+    model.recompute = config.train.recompute
     if runtime.compile:
         compile_blocks(model)
 

@@ -18,11 +18,19 @@ T = TypeVar("T")
 
 def from_command_line(argv: Sequence[str] | None, prog: str, description: str) -> RunConfig:
     """`prog [FILE.toml] [--section.key value ...]` -> RunConfig. Exits with tyro's message where the line is wrong."""
+    return with_options(argv, prog, description, {})[0]
+
+
+def with_options(
+    argv: Sequence[str] | None, prog: str, description: str, options: dict[str, Any]
+) -> tuple[RunConfig, dict[str, Any]]:
+    """As from_command_line, for a program with options of its own: name -> type, and what was given of them."""
     file = tyro.conf.arg(help="a config; without one, the defaults", help_behavior_hint="")
-    fields = {"file": Annotated[Path | None, tyro.conf.Positional, file], **_options(RunConfig)}
+    fields = {"file": Annotated[Path | None, tyro.conf.Positional, file], **options, **_options(RunConfig)}
     line: Any = _typed_dict("CommandLine", fields)
     given: dict[str, Any] = tyro.cli(line, args=argv, prog=prog, description=description)
-    return load(given.pop("file", None), given)
+    own = {name: given.pop(name) for name in options if name in given}
+    return load(given.pop("file", None), given), own
 
 
 def load(file: Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:

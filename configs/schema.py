@@ -1,13 +1,13 @@
 """RunConfig: all that a run is, with every default; TOML files and the command line say only what differs."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from model.config import ModelConfig, Section
 from model.device import DType, Switch
-from model.optim import Schedule
+from model.optim import OptimizerName, Schedule
 
 
 class DataConfig(Section):
@@ -25,7 +25,7 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Muon or AdamW, and the learning rate over time."""
 
-    optimizer: Literal["muon", "adamw"] = Field("muon", description="of the matrices in the layers; AdamW has the rest")
+    optimizer: OptimizerName = Field("muon", description="of the matrices in the layers; AdamW has the rest")
     muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon")
     adamw_lr: float | None = Field(
         None, gt=0, description="peak learning rate of AdamW; none: 5e-3 beside Muon, 1e-3 alone"
@@ -63,6 +63,7 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="rows of one forward pass; none: chosen, at most 16384 tokens"
     )
+    recompute: bool = Field(False, description="keep each layer's input alone and compute the rest again: less memory")
     eval_every: int = Field(250, ge=1, description="steps between evaluations; there is always one at the end")
     eval_tokens: int | None = Field(
         131_072, ge=1, description="tokens of the fixed evaluation stream; none: the whole split"

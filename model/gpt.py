@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attend import kernel_name, prepare
 from model.cache import Cache, LayerState
@@ -43,6 +44,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # in training: keep each layer's input alone and compute the rest again
         self.wte = nn.Embedding(config.vocab, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -88,7 +90,10 @@ class GPT(nn.Module):
             for spec in set(self.config.layers):
                 prepare(spec, step, x.device, dtype)
             for i, block in enumerate(self.h):
-                x = block(x, step, None if cache is None else cache.layers[i])
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, step, use_reentrant=False)
+                else:
+                    x = block(x, step, None if cache is None else cache.layers[i])
             if cache is not None:
                 cache.advance(step)
             if last_only:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 Schedule = Literal["cosine", "trapezoid", "constant"]
+OptimizerName = Literal["muon", "adamw"]
 
 
 class Optimizers:
@@ -47,7 +48,7 @@ class Optimizers:
 def make_optimizers(
     model: nn.Module,
     *,
-    optimizer: Literal["muon", "adamw"],
+    optimizer: OptimizerName,
     muon_lr: float,
     adamw_lr: float,
     betas: tuple[float, float],

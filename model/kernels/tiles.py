@@ -130,13 +130,20 @@ class _Tiling:
         """Views of (B, H, T, D) as (B, K, R, T, D) and of (B, K, T, D), as many rows and KV heads as make a tile."""
         B, K = keys[0].shape[:2]
         views = [x.unflatten(1, (K, -1)) for x in queries] + keys
-        keys_of_tile = min(self.T, self.window + self.block + self.n_sink)
-        tile_bytes = views[0].shape[2] * self.block * keys_of_tile * keys[0].element_size()
-        heads = min(K, max(1, TILE_BYTES // tile_bytes))
-        rows = max(1, TILE_BYTES // (tile_bytes * heads))
+        rows, heads = self.part(B, K, views[0].shape[2], keys[0].element_size())
         for b in range(0, B, rows):
             for h in range(0, K, heads):
                 yield [x[b : b + rows, h : h + heads] for x in views]
+
+    def part(self, B: int, K: int, R: int, element_size: int) -> tuple[int, int]:
+        """How many rows and KV heads at a time."""
+        tile_bytes = R * self.block * self.keys_of_tile * element_size
+        heads = min(K, max(1, TILE_BYTES // tile_bytes))
+        return min(B, max(1, TILE_BYTES // (tile_bytes * heads))), heads
+
+    @property
+    def keys_of_tile(self) -> int:
+        return min(self.T, self.window + self.block + self.n_sink)
 
     def probabilities(self, tile: _Tile, q: Tensor, k: Tensor) -> Tensor:
         """(N, R b, S + L): the softmax over what each query sees."""
@@ -164,6 +171,16 @@ def block_size(window: int, dtype: torch.dtype) -> int:
     if dtype in (torch.bfloat16, torch.float16):
         return 128 if window < 1024 else 256
     return 64
+
+
+def work_bytes(q: Tensor, k: Tensor, window: int, n_sink: int, block: int, *, backward: bool) -> int:
+    """What a call holds beside its arguments and results, of shapes alone."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    tiling = _Tiling(T, window, n_sink, block)
+    rows, heads = tiling.part(B, K, H // K, q.element_size())
+    scores = rows * heads * (H // K) * min(T, block) * tiling.keys_of_tile * q.element_size()
+    sums = rows * heads * tiling.keys_of_tile * D * max(4, q.element_size())
+    return 2 * scores + 4 * sums if backward else 2 * scores
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:

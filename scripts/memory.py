@@ -1,0 +1,58 @@
+"""What a training step needs, without the device:  python -m scripts.memory configs/gpt2.toml --batch-size 8
+
+Nothing is allocated and nothing is read: the step runs on tensors that have only shapes, by the kernels of a CPU. On
+CUDA the kernels' work space differs, and the allocator reserves more than is live.
+"""
+
+import re
+from typing import Annotated
+
+import tyro
+
+from configs.load import with_options
+from configs.program import exit_with_one_line
+from configs.schema import RunConfig
+from model import cost
+from model.config import describe_layers
+from model.device import resolve
+from model.errors import UserError
+from model.estimate import train_peak
+
+VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
+LENGTHS = (1_024, 8_192, 32_768, 131_072)
+
+
+def with_known_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with a vocab_size, which its tokenizer's name tells, or the user."""
+    if config.model.vocab_size is not None:
+        return config
+    name = config.data.tokenizer
+    learned = re.fullmatch(r"bpe-(\d+)", name)
+    size = int(learned[1]) if learned else VOCABULARIES.get(name)
+    if size is None:
+        raise UserError(f"the size of the tokenizer {name} depends on the text: give --model.vocab_size")
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def main() -> None:
+    size = Annotated[int, tyro.conf.arg(help="sequences of one forward pass (default: the config's micro_batch)")]
+    config, given = with_options(None, "python -m scripts.memory", __doc__ or "", {"batch_size": size})
+    config = with_known_vocabulary(config)
+    batch_size = given.get("batch_size", config.micro_rows)
+    if batch_size < 1:
+        raise UserError(f"--batch-size ({batch_size}) must be at least 1")
+    model, dtype = config.model, resolve("cpu", config.dtype).dtype
+    parts = train_peak(model, batch_size, dtype, optimizer=config.optim.optimizer, recompute=config.train.recompute)
+    shape = f"{batch_size} x {model.block_size} tokens, {str(dtype).removeprefix('torch.')}"
+    print(f"{describe_layers(model.layers)}, {cost.n_params(model) / 1e6:.1f} M parameters, {shape}\n")
+    print("live at the peak of a training step")
+    for part, n in parts.items():
+        print(f"  {part:12}{n / 1e6:14,.1f} MB")
+    print(f"  {'peak':12}{sum(parts.values()) / 1e6:14,.1f} MB\n")
+    print("KV cache of one sequence, bfloat16")
+    for n in LENGTHS:
+        print(f"  {n:<12,}{cost.cache_bytes(model, n) / 1e6:14,.1f} MB")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

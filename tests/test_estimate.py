@@ -1,0 +1,62 @@
+"""The estimate of a training step's memory against what a CPU measures."""
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from model.estimate import train_peak
+from model.gpt import GPT
+from model.memory import measure_peak, training_tensors
+from model.optim import make_optimizers
+
+SHAPES = {
+    "activations rule": {"n_embd": 96, "block_size": 192, "n_layer": 3, "pattern": "2:1", "window": 20, "n_sink": 2},
+    "logits rule": {"vocab_size": 7001, "block_size": 160},
+    "weights rule": {"n_embd": 300, "mlp_width": 900, "block_size": 8, "n_layer": 3},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_estimate_is_within_a_tenth_of_what_is_measured(shape, optimizer, dtype, recompute):
+    config, B = tiny_config(**shape), 5
+    estimated = sum(train_peak(config, B, dtype, optimizer=optimizer, recompute=recompute).values())
+    torch.manual_seed(0)
+    model = GPT(config)
+    model.recompute = recompute
+    numbers = {"muon_lr": 0.02, "adamw_lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizers = make_optimizers(model, optimizer=optimizer, **numbers)
+    idx = torch.zeros(B, config.block_size, dtype=torch.long)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step()
+
+    step()
+    with measure_peak(torch.device("cpu"), training_tensors(model, optimizers)) as measured:
+        step()
+    assert estimated == pytest.approx(measured.bytes, rel=0.1)
+
+
+def test_parts_are_told_apart():
+    config = tiny_config(**SHAPES["activations rule"])
+    parts = train_peak(config, 5, torch.float32, optimizer="adamw")
+    weights = sum(p.nbytes for p in GPT(config).parameters())
+    assert parts["parameters"] == weights
+    assert parts["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+    assert parts["activations"] > 5 * parts["logits"]
+
+
+def test_recomputation_keeps_the_gradients_and_little_else():
+    torch.manual_seed(0)
+    model = GPT(tiny_config(pattern="swa full", window=3)).double()
+    idx = torch.randint(31, (2, 9))
+    plain = torch.autograd.grad(model(idx, idx), model.parameters())
+    model.recompute = True
+    for again, once in zip(torch.autograd.grad(model(idx, idx), model.parameters()), plain, strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-12)
