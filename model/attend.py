@@ -30,7 +30,7 @@ from model.visible import visible
 if TYPE_CHECKING:
     from model.mixers.attention import AttentionSpec
 
-Kernel = Literal["auto", "sdpa", "tiles", "flex"]
+Kernel = Literal["auto", "sdpa", "tiles", "flex", "masked"]
 
 MASK_ELEMENTS = 1 << 22  # the largest piece of a mask that exists at a time
 HALF = (torch.bfloat16, torch.float16)
@@ -48,7 +48,9 @@ def kernel_name(
     slides = spec.window is not None and spec.window < T
     asked = spec.kernel
     if asked == "sdpa" and slides:
-        raise UserError(f"kernel (sdpa) knows no window ({spec.window} of {T} tokens): take tiles, flex or auto")
+        raise UserError(
+            f"kernel (sdpa) knows no window ({spec.window} of {T} tokens): take tiles, flex, masked or auto"
+        )
     if asked == "flex" and device.type != "cuda":
         raise UserError(f"kernel (flex) needs cuda, not {device.type}: take tiles or auto")
     if asked == "auto":

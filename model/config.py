@@ -64,7 +64,7 @@ class ModelConfig(Section):
     bias: bool = Field(False, description="biases in linear layers and layernorms")
     tie_embeddings: bool = Field(True, description="lm_head shares the weights of wte")
     kernel: Kernel = Field(
-        "auto", description="of attention without a cache: sdpa, tiles, flex; auto: what measured fastest"
+        "auto", description="of attention without a cache: sdpa, tiles, flex, masked; auto: the fastest"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and on what each sublayer adds")
 

@@ -73,7 +73,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def plot_loss(runs: list[RunDir], path: Path) -> None:
     """Training loss against tokens, smoothed by the interval of logging, and validation loss as points."""
-    figure, axes = _figure("tokens", "loss (nats per token)")
+    figure, (axes,) = new_figure("tokens", ["loss (nats per token)"])
     for run in runs:
         lines = run.metrics()
         (curve,) = axes.plot([x["tokens"] for x in lines], [x["train_loss"] for x in lines], lw=1, alpha=0.6)
@@ -91,7 +91,7 @@ def plot_loss(runs: list[RunDir], path: Path) -> None:
 
 def plot_cache(runs: list[RunDir], path: Path) -> None:
     """Bytes of the bfloat16 cache against tokens in context, by the arithmetic that tests hold equal to allocation."""
-    figure, axes = _figure("context in tokens", "KV cache in MB (bfloat16)")
+    figure, (axes,) = new_figure("context in tokens", ["KV cache in MB (bfloat16)"])
     for run in runs:
         model = run.config().model
         axes.loglog(CONTEXTS, [cost.cache_bytes(model, n) / 1e6 for n in CONTEXTS], "o-", ms=3, label=run.path.name)
@@ -99,18 +99,21 @@ def plot_cache(runs: list[RunDir], path: Path) -> None:
     figure.savefig(path, dpi=144)
 
 
-def _figure(x: str, y: str):
+def new_figure(x: str, ys: list[str]):
+    """A figure with an empty plot for each of `ys`, side by side; matplotlib loads only when something is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
+    width = 7 if len(ys) == 1 else 5 * len(ys)
+    figure, grid = plt.subplots(1, len(ys), figsize=(width, 4.2), layout="constrained", squeeze=False)
+    for axes, y in zip(grid[0], ys, strict=True):
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, list(grid[0])
 
 
 def report(paths: list[Path], out: Path) -> str:

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios measured in one run, medians of interleaved rounds, never single numbers."""

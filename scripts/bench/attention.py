@@ -1,0 +1,154 @@
+"""A window against full causal attention: time and memory of forward and backward, by length."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.attend import attend, kernel_name, prepare
+from model.device import DType, Runtime, resolve
+from model.memory import measure_peak
+from model.mixers.attention import AttentionSpec
+from model.step import Step
+from scripts.bench.timing import exponent, ratio, save, take_turns
+from scripts.report import new_figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Shapes and lengths. Full attention is torch's fused causal kernel, as everybody calls it."""
+
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    """Tokens."""
+    window: int = 256
+    """Keys that a query sees, itself included."""
+    batch_size: int = 1
+    """Sequences."""
+    n_head: int = 8
+    """Query heads."""
+    head_dim: int = 64
+    """Width of a head."""
+    n_kv_head: int = 2
+    """KV heads of the row with fewer KV heads and sinks."""
+    n_sink: int = 4
+    """Sinks of that row."""
+    dtype: DType = "auto"
+    """Of all tensors."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    rounds: int = 5
+    """Rounds of which the median counts."""
+    mask_up_to: int = 4096
+    """Largest length at which the window as a mask over the fused kernel is timed too; 0: never."""
+    json: Path | None = None
+    """Write the figures here."""
+    plot: Path | None = None
+    """Draw time and memory against length here."""
+
+
+def attention(options: Options) -> None:
+    """Time windowed attention against full causal attention, forward and backward."""
+    runtime = resolve(options.device, options.dtype)
+    rows = [row for T in options.lengths for row in measure(options, T, runtime)]
+    print(f"B{options.batch_size} H{options.n_head} D{options.head_dim} W{options.window}, {runtime.why}")
+    print(f"{'T':>7} {'attention':18} {'kernel':22} {'ms':>9} {'x faster':>9} {'peak MiB':>9}")
+    for row in rows:
+        print(
+            f"{row['T']:7} {row['attention']:18} {row['kernel']:22} {row['seconds'] * 1e3:9.1f} "
+            f"{row['times_faster_than_full']:9.2f} {row['peak_bytes'] / 2**20:9.1f}"
+        )
+    names = dict.fromkeys(row["attention"] for row in rows)
+    curves = {name: [row for row in rows if row["attention"] == name] for name in names}
+    exponents = {name: exponent([x["T"] for x in rows], [x["seconds"] for x in rows]) for name, rows in curves.items()}
+    print("exponent of time in T: " + ", ".join(f"{name} {p:.2f}" for name, p in exponents.items()))
+    save(options.json, {"device": runtime.why, "options": str(options), "rows": rows, "exponents": exponents})
+    if options.plot:
+        plot(curves, options.plot)
+
+
+def measure(options: Options, T: int, runtime: Runtime) -> list[dict[str, Any]]:
+    """One row for each kind of attention at one length."""
+    numbers: dict[str, Any] = {
+        "n_embd": options.n_head * options.head_dim,
+        "n_head": options.n_head,
+        "head_dim": options.head_dim,
+    }
+    numbers |= {"window": options.window}
+    specs = {
+        "window": AttentionSpec(**numbers, n_kv_head=options.n_head),
+        "window gqa sinks": AttentionSpec(**numbers, n_kv_head=options.n_kv_head, n_sink=options.n_sink),
+    }
+    candidates = {"full": full(options, T, runtime)}
+    kernels = {"full": "sdpa-causal"}
+    for name, spec in specs.items():
+        candidates[name] = windowed(options, T, runtime, spec, contiguous=True)
+        kernels[name] = kernel_name(spec, T, runtime.device, runtime.dtype)
+    if options.mask_up_to >= T:
+        candidates["window as a mask"] = windowed(options, T, runtime, specs["window"], contiguous=False)
+        kernels["window as a mask"] = "masked"
+    seconds = take_turns(candidates, runtime, rounds=options.rounds)
+    rows = []
+    for name, run in candidates.items():
+        with measure_peak(runtime.device) as peak:
+            run()
+        rows.append(
+            {
+                "T": T,
+                "attention": name,
+                "kernel": kernels[name],
+                "seconds": statistics.median(seconds[name]),
+                "times_faster_than_full": ratio(seconds["full"], seconds[name]),
+                "peak_bytes": peak.bytes,
+                "peak_method": peak.method,
+            }
+        )
+    return rows
+
+
+def full(options: Options, T: int, runtime: Runtime) -> Callable[[], None]:
+    """Forward and backward of torch's causal attention."""
+    q, k, v, grad = _tensors(options, T, runtime, options.n_head)
+
+    def run() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), grad)
+
+    return run
+
+
+def windowed(
+    options: Options, T: int, runtime: Runtime, spec: AttentionSpec, *, contiguous: bool
+) -> Callable[[], None]:
+    """Forward and backward as training calls it, or, not contiguous, by a mask."""
+    q, k, v, grad = _tensors(options, T, runtime, spec.n_kv_head)
+    step = Step(pos=torch.arange(T, device=runtime.device)[None], contiguous=contiguous)
+    prepare(spec, step, runtime.device, runtime.dtype)
+
+    def run() -> None:
+        y = attend(q, k, v, step.pos, step.pos, spec, contiguous=contiguous, shared=step.shared)
+        torch.autograd.grad(y, (q, k, v), grad)
+
+    return run
+
+
+def _tensors(options: Options, T: int, runtime: Runtime, n_kv_head: int) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, (B, heads, T, D), as a projection leaves them in memory."""
+    heads = (options.n_head, n_kv_head, n_kv_head, options.n_head)
+    shapes = [(options.batch_size, T, n, options.head_dim) for n in heads]
+    tensors = [torch.randn(s, device=runtime.device, dtype=runtime.dtype).transpose(1, 2) for s in shapes]
+    return [x.requires_grad_(i < 3) for i, x in enumerate(tensors)]
+
+
+def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Time and memory against length, on log axes."""
+    figure, (time_axes, memory_axes) = new_figure("tokens", ["forward + backward, ms", "peak above the inputs, MiB"])
+    for name, rows in curves.items():
+        lengths = [row["T"] for row in rows]
+        time_axes.loglog(lengths, [row["seconds"] * 1e3 for row in rows], "o-", ms=3, label=name)
+        memory_axes.loglog(lengths, [row["peak_bytes"] / 2**20 for row in rows], "o-", ms=3, label=name)
+    time_axes.legend(frameon=False)
+    figure.savefig(path, dpi=144)
+    print(path)
