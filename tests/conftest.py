@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from data.tokenizer import make_tokenizer
 from model.cache import Cache
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.memory import PeakMemory
 from model.optim import Optimizers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -140,7 +144,7 @@ def run_values(out: Path, text: Path, name: str, **changes) -> dict:
     values = RUN | {"name": name, "out_dir": str(out)}
     values["data"] = RUN["data"] | {"text": str(text), "dir": str(text.parent / "prepared")}
     for key, change in changes.items():
-        values[key] = values[key] | change if isinstance(change, dict) else change
+        values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
     return values
 
 
@@ -215,6 +219,18 @@ def unmeasured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.matmul_rate", lambda runtime: 1e12)
 
 
+@pytest.fixture
+def unmeasured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare each run the profiler, which takes longer than its training."""
+    nothing = lambda device, held=(): nullcontext(PeakMemory(method="not measured"))
+    monkeypatch.setattr("train.measure_peak", nothing)
+
+
+@pytest.fixture
+def unmeasured(unmeasured_speed: None, unmeasured_memory: None) -> None:
+    """Runs that measure nothing of the hardware."""
+
+
 def start_program(*arguments: object, **options) -> subprocess.Popen[str]:
     """A real process from the checkout, with one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -228,3 +244,33 @@ def run_program(*arguments: object, **options) -> Ended:
     process = start_program(*arguments, **options)
     out, err = process.communicate(timeout=120)
     return Ended(process.returncode, out, err)
+
+
+class FakeWandb:
+    """What Metrics may call of wandb; anything else is an AttributeError, as a login would be."""
+
+    def __init__(self, api_key: str | None = None):
+        self.api = SimpleNamespace(api_key=api_key)
+        self.started: dict[str, Any] = {}
+        self.logged: list[tuple[dict[str, Any], int]] = []
+        self.finished = False
+
+    def init(self, **arguments: Any) -> "FakeWandb":
+        self.started = arguments
+        return self
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        self.logged.append((dict(record), step))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    """wandb without a key, and without wandb."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    return fake

@@ -1,0 +1,171 @@
+"""What `auto` comes to on hardware that is here, and on hardware that is not."""
+
+import importlib
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+
+from model import device
+from model.device import COMPILE_FROM_FLOPS, compile_blocks, matmul_rate, resolve
+from model.errors import UserError
+
+LONG, SHORT = 2 * COMPILE_FROM_FLOPS, COMPILE_FROM_FLOPS / 2
+
+
+@pytest.fixture
+def hardware(monkeypatch):
+    """Pretend: GPUs of a compute capability, MPS, what the CPU multiplies, a C++ compiler."""
+
+    def pretend(*, capability=None, n_gpus=1, mps=False, cpu=(), compiler=True, triton=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus if capability else 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "a GPU")
+        monkeypatch.setattr(torch.mps, "is_available", lambda: mps, raising=False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(cpu), raising=False)
+        monkeypatch.setattr(shutil, "which", lambda name: "/a/compiler" if compiler else None)
+        monkeypatch.setitem(sys.modules, "torch.utils._triton", SimpleNamespace(has_triton=lambda: triton))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("here", "kind"),
+    [
+        ({"capability": (8, 0)}, "cuda"),
+        ({"capability": (8, 0), "mps": True}, "cuda"),
+        ({"mps": True}, "mps"),
+        ({}, "cpu"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_fastest_device_that_is_there(hardware, here, kind):
+    hardware(**here)
+    assert resolve().device.type == kind
+
+
+@pytest.mark.parametrize("asked", ["cpu", "cuda", "cuda:1"])
+def test_a_device_that_is_there_is_taken_as_asked(hardware, asked):
+    hardware(capability=(8, 0), n_gpus=2)
+    runtime = resolve(asked)
+    assert runtime.device == torch.device(asked)
+    assert "as asked" in runtime.why
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:0", "mps", "meta"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(hardware, asked):
+    hardware()
+    with pytest.raises(UserError) as error:
+        resolve(asked)
+    assert str(error.value) == f"device ({asked}) is not there; here there is cpu: take one of them, or auto"
+
+
+def test_a_gpu_beyond_the_last_is_refused(hardware):
+    hardware(capability=(8, 0), n_gpus=2)
+    with pytest.raises(UserError, match=r"^device \(cuda:2\) is not there; here there is cuda, cpu: take one of them"):
+        resolve("cuda:2")
+
+
+@pytest.mark.parametrize("asked", ["gpu", "", "cuda:x", "cdua"])
+def test_a_word_that_is_no_device_is_refused_with_those_that_are(hardware, asked):
+    hardware(mps=True)
+    with pytest.raises(UserError) as error:
+        resolve(asked)
+    assert str(error.value) == f"device ({asked}) is unknown; here there is mps, cpu, or auto"
+
+
+@pytest.mark.parametrize(
+    ("here", "dtype"),
+    [
+        ({"capability": (8, 0)}, torch.bfloat16),
+        ({"capability": (7, 5)}, torch.float32),
+        ({"mps": True}, torch.float32),
+        ({"cpu": {"amx_bf16": True}}, torch.bfloat16),
+        ({"cpu": {"avx512_bf16": True, "amx_bf16": False}}, torch.bfloat16),
+        ({"cpu": {"avx512_bf16": False, "avx2": True}}, torch.float32),
+        ({}, torch.float32),
+    ],
+    ids=str,
+)
+def test_auto_is_bfloat16_where_the_hardware_multiplies_it(hardware, here, dtype):
+    hardware(**here)
+    assert resolve().dtype == dtype
+
+
+def test_a_torch_that_cannot_name_what_the_cpu_has_takes_float32(hardware, monkeypatch):
+    hardware()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert resolve().dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dtype_is_taken_as_asked(hardware, dtype):
+    hardware(cpu={"amx_bf16": dtype == "float32"})
+    assert resolve(dtype=dtype).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    ("here", "flops", "on"),
+    [
+        ({"capability": (8, 0)}, 0, True),
+        ({"capability": (8, 0), "triton": False}, LONG, False),
+        ({"mps": True}, LONG, False),
+        ({}, LONG, True),
+        ({}, SHORT, False),
+        ({"compiler": False}, LONG, False),
+    ],
+    ids=str,
+)
+def test_auto_compiles_where_it_pays(hardware, here, flops, on):
+    hardware(**here)
+    assert resolve(flops=flops).compile == on
+
+
+@pytest.mark.parametrize("asked", ["on", "off"])
+def test_compile_is_taken_as_asked(hardware, asked):
+    hardware(compiler=False)
+    assert resolve(compile=asked, flops=LONG).compile == (asked == "on")
+
+
+def test_one_line_says_what_was_chosen_and_why(hardware):
+    hardware(cpu={"amx_bf16": True})
+    assert resolve("cpu", flops=SHORT).why == (
+        f"device cpu ({torch.get_num_threads()} threads, as asked), dtype bfloat16 (multiplied natively here), "
+        "compile off (too short a job to pay for it)"
+    )
+
+
+def test_autocast_multiplies_in_the_dtype_and_float32_changes_nothing():
+    x = torch.ones(3, 3)
+    for dtype in ("float32", "bfloat16"):
+        with resolve("cpu", dtype).autocast():
+            assert (x @ x).dtype == getattr(torch, dtype)
+
+
+def test_compiled_layers_keep_the_names_of_their_weights():
+    model = tiny_model(tiny_config())
+    names = list(model.state_dict())
+    compile_blocks(model)
+    assert list(model.state_dict()) == names
+
+
+def test_the_measured_rate_is_positive_however_slow_the_hardware():
+    assert matmul_rate(resolve("cpu", "float32"), seconds=0) > 0
+
+
+def test_measuring_the_rate_draws_nothing_from_the_training_rng():
+    before = torch.get_rng_state()
+    matmul_rate(resolve("cpu", "float32"), seconds=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_importing_probes_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", None, raising=False)
+    fresh = importlib.util.module_from_spec(device.__spec__)
+    monkeypatch.setitem(sys.modules, "fresh_device", fresh)
+    device.__spec__.loader.exec_module(fresh)

@@ -1,0 +1,422 @@
+"""Generating: the text alone on standard output, whole characters, the same with any cache, and clear refusals."""
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, Ended, run_program, save_run, tiny_config, tiny_model
+
+import generate
+from configs.run_dir import RunDir
+from data.tokenizer import make_tokenizer
+from model import cost
+from model.cache import KVCache
+from model.optim import Optimizers
+from model.sampling import Sampler, stream
+
+CPU = ("--device", "cpu", "--dtype", "float32")
+BYTE = make_tokenizer("byte")
+SLIDING = {"pattern": "swa full", "window": 4, "n_sink": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Run directories of networks with the same random weights: full, sliding, all sliding, learned positions."""
+    root = tmp_path_factory.mktemp("runs")
+    save_run(root / "full")
+    save_run(root / "sliding", **SLIDING)
+    save_run(root / "swa", pattern="swa", window=3, n_sink=1)
+    save_run(root / "learned", position="learned")
+    return root
+
+
+@pytest.fixture
+def say(program, runs):
+    """Generate from one of the runs."""
+
+    def call(run: str | Path, *arguments: object) -> Ended:
+        return program(generate.main, runs / run, *arguments, *CPU, name="generate.py")
+
+    return call
+
+
+@pytest.fixture
+def speak(monkeypatch):
+    """Let the network say these bytes, and note each piece that is written."""
+
+    def script(content: bytes, *, then: int | None = None) -> list[str]:
+        tokens = [*content] + ([then] if then is not None else [])
+        said = lambda *_, **__: (torch.tensor([token]) for token in [*tokens, *([ord("~")] * 999)])
+        monkeypatch.setattr(generate, "stream", said)
+        written: list[str] = []
+        write = sys.stdout.write
+        monkeypatch.setattr(sys.stdout, "write", lambda x: (written.append(x), write(x))[1])
+        return written
+
+    return script
+
+
+# The text.
+
+
+def test_standard_output_has_the_prompt_and_the_text_alone(say, runs):
+    ended = say("full", "--prompt", "To be", "--max-new-tokens", 30, "--no-stop-at-end")
+    model, tokenizer = RunDir(runs / "full").load(runs / "full")
+    prompt = torch.tensor([tokenizer.encode("To be")])
+    tokens = stream(model.eval(), None, prompt, Sampler(temperature=0.8, n_vocab=257))
+    expected = tokenizer.decode([int(next(tokens)) for _ in range(30)])
+    assert ended.code == 0
+    assert ended.out == f"To be{expected}\n"
+
+
+def test_statistics_go_to_standard_error(say, runs):
+    ended = say("sliding", "--prompt", "To be", "--max-new-tokens", 30, "--no-stop-at-end")
+    prefill, decode, cache, memory = ended.err.strip().splitlines()
+    assert prefill.startswith("prefill 5 tokens at ")
+    assert decode.startswith("decode 29 tokens at ")
+    config = RunDir(runs / "sliding").config().model
+    assert cache == f"cache {cost.cache_bytes(config, 35, dtype=torch.float32):,} bytes"
+    assert memory.startswith("peak memory ")
+    assert "(process)" in memory
+
+
+def test_without_a_prompt_a_new_document_begins(say, runs):
+    ended = say("full", "--max-new-tokens", 12, "--no-stop-at-end")
+    model, tokenizer = RunDir(runs / "full").load(runs / "full")
+    tokens = stream(model.eval(), None, torch.tensor([[tokenizer.eot]]), Sampler(temperature=0.8, n_vocab=257))
+    assert ended.out == tokenizer.decode([int(next(tokens)) for _ in range(12)]) + "\n"
+
+
+def test_the_same_seed_says_the_same_and_another_seed_another(say):
+    texts = [say("full", "--prompt", "x", "--seed", seed).out for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("cache", ["full", "none"])
+def test_the_cache_does_not_change_the_text(say, cache):
+    rolling = say("sliding", "--prompt", "To be, or not", "--max-new-tokens", 60)
+    other = say("sliding", "--prompt", "To be, or not", "--max-new-tokens", 60, "--cache", cache)
+    assert other.out == rolling.out
+    assert other.err != rolling.err
+
+
+def test_temperature_zero_takes_the_likeliest(say, runs):
+    ended = say("full", "--prompt", "To be", "--temperature", 0, "--max-new-tokens", 9, "--no-stop-at-end")
+    model, tokenizer = RunDir(runs / "full").load(runs / "full")
+    idx = torch.tensor([tokenizer.encode("To be")])
+    with torch.no_grad():
+        for _ in range(9):
+            idx = torch.cat((idx, model.eval()(idx)[:, -1:].argmax(dim=-1)), dim=1)
+    assert ended.out == tokenizer.decode(idx[0].tolist()) + "\n"
+
+
+@pytest.mark.parametrize("top", [["--top-k", "1"], ["--top-p", "1e-9"]], ids=lambda x: x[0])
+def test_top_k_and_top_p_narrow_the_choice(say, top):
+    arguments = ("--prompt", "x", "--temperature", 5, "--max-new-tokens", 20)
+    likeliest = say("full", *arguments[:2], "--temperature", 0, "--max-new-tokens", 20)
+    assert say("full", *arguments, *top).out == likeliest.out != say("full", *arguments).out
+
+
+def test_a_document_that_ends_ends_the_text(say, speak):
+    speak(b"The end.", then=BYTE.eot)
+    assert say("full", "--prompt", "x ").out == "x The end.\n"
+
+
+def test_a_text_may_go_on_behind_the_end_of_its_document(say, speak):
+    speak(b"The end.", then=BYTE.eot)
+    assert (
+        say("full", "--prompt", "x ", "--no-stop-at-end", "--max-new-tokens", 12).out == "x The end.<|endoftext|>~~~\n"
+    )
+
+
+# Whole characters.
+
+
+def test_no_character_is_written_in_halves(say, speak):
+    spoken = "naïve 猫 😀, é̀!"
+    written = speak(spoken.encode())
+    ended = say("full", "--prompt", "“", "--max-new-tokens", len(spoken.encode()))
+    assert ended.out == f"“{spoken}\n"
+    assert "\ufffd" not in "".join(written)
+    assert {"ï", "猫", "😀"} <= set(written)
+
+
+def test_a_character_that_is_never_finished_becomes_a_replacement(say, speak):
+    speak("a😀".encode()[:-1])
+    assert say("full", "--prompt", "x", "--max-new-tokens", 4).out == "xa\ufffd\n"
+
+
+def test_bytes_that_are_no_text_become_replacements_and_the_text_goes_on(say, speak):
+    speak(b"a\xffb\xc3c")
+    assert say("full", "--prompt", "x", "--max-new-tokens", 5).out == "xa\ufffdb\ufffdc\n"
+
+
+def test_text_appears_as_it_is_made(say, speak):
+    written = speak(b"one by one")
+    say("full", "--prompt", "x", "--max-new-tokens", 10)
+    assert [piece for piece in written if len(piece) == 1][: 1 + 10] == ["x", *"one by one"]
+
+
+# Prompts.
+
+
+def test_a_prompt_may_come_from_a_file(say, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Grüße 猫", encoding="utf-8")
+    ended = say("full", "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 5)
+    assert ended.out == say("full", "--prompt", "Grüße 猫", "--max-new-tokens", 5).out
+    assert ended.out.startswith("Grüße 猫")
+
+
+def test_a_prompt_may_come_from_standard_input(say, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Grüße 猫"))
+    assert say("full", "--prompt-file", "-", "--max-new-tokens", 5).out.startswith("Grüße 猫")
+
+
+def test_a_real_process_reads_standard_input_and_writes_the_text_alone(say, runs, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Grüße 猫", encoding="utf-8")
+    with open(tmp_path / "prompt.txt") as prompt:
+        ended = run_program(
+            "generate.py", runs / "full", "--prompt-file", "-", "--max-new-tokens", 5, *CPU, stdin=prompt
+        )
+    assert ended.code == 0, ended
+    assert ended.out == say("full", "--prompt", "Grüße 猫", "--max-new-tokens", 5).out
+
+
+# Windows and lengths.
+
+
+def test_a_window_equals_a_network_whose_every_layer_slides(say):
+    arguments = ("--prompt", "To be, or not to be", "--max-new-tokens", 60, "--temperature", 1.2)
+    windowed = say("full", *arguments, "--window", 3, "--n-sink", 1)
+    assert windowed.out == say("swa", *arguments).out != say("full", *arguments).out
+    slots = 3 + 1
+    assert f"cache {2 * 2 * slots * 2 * 8 * 4:,} bytes" in windowed.err  # layers, k and v, slots, heads, width, float32
+
+
+def test_a_window_keeps_the_weights_and_changes_the_layers(runs):
+    options = generate.Options(run=runs / "full", window=3, n_sink=1)
+    model, _ = generate.load(options, generate.resolve("cpu", "float32"))
+    other = tiny_model(tiny_config(vocab_size=257, pattern="swa", window=3, n_sink=1), dtype=torch.float32)
+    idx = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(idx), other(idx))
+    assert [spec.window for spec in model.config.layers] == [3, 3]
+
+
+def test_a_text_may_be_longer_than_the_training_context(say):
+    ended = say("sliding", "--prompt", "x", "--max-new-tokens", 5 * SMALL["block_size"], "--no-stop-at-end", "--check")
+    assert ended.code == 0
+    assert "decode 79 tokens" in ended.err
+
+
+def test_learned_positions_end_at_the_training_context(say):
+    fits = say("learned", "--prompt", "x" * 6, "--max-new-tokens", 10, "--no-stop-at-end")
+    assert fits.code == 0
+    beyond = say("learned", "--prompt", "x" * 6, "--max-new-tokens", 12, "--no-stop-at-end")
+    beyond.assert_refused("generate.py: ", "tokens are more than the 16 of the learned positions", "position = rope")
+
+
+@pytest.mark.parametrize("cache", ["rolling", "none"])
+def test_a_prompt_longer_than_the_learned_positions_is_refused(say, cache):
+    ended = say("learned", "--prompt", "x" * 17, "--cache", cache)
+    ended.assert_refused("tokens are more than the 16 of the learned positions of this model (block_size)")
+    assert ended.out == ""
+
+
+# --check.
+
+
+@pytest.mark.parametrize("cache", ["rolling", "full"])
+@pytest.mark.parametrize("run", ["full", "sliding", "swa"])
+def test_check_passes_and_says_the_difference(say, run, cache):
+    ended = say(run, "--prompt", "To be, or not", "--max-new-tokens", 25, "--check", "--cache", cache)
+    assert ended.code == 0
+    assert "check: logits differ by at most " in ended.err
+    assert ", within the " in ended.err.splitlines()[-1]
+    assert ended.err.endswith(" of float32\n")
+
+
+def test_check_of_a_windowed_network_passes(say):
+    assert say("full", "--prompt", "To be, or not", "--window", 3, "--n-sink", 2, "--check").code == 0
+
+
+BROKEN = {
+    "values": lambda k, v, pos: (k, v * 1.01, pos),
+    "keys": lambda k, v, pos: (k * 1.01, v, pos),
+    "positions": lambda k, v, pos: (k, v, (pos - 1).clamp(min=0)),
+    "order": lambda k, v, pos: (k.flip(2), v, pos),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_check_finds_a_cache_that_is_broken(say, monkeypatch, broken):
+    update = KVCache.update
+    monkeypatch.setattr(KVCache, "update", lambda self, k, v, step: BROKEN[broken](*update(self, k, v, step)))
+    ended = say("sliding", "--prompt", "To be, or not", "--max-new-tokens", 25, "--check", "--no-stop-at-end")
+    assert ended.code == 1
+    assert "BEYOND" in ended.err.splitlines()[-1]
+
+
+# Which weights.
+
+
+def test_the_best_checkpoint_speaks_unless_another_is_asked_for(program, tmp_path):
+    save_run(tmp_path / "run")
+    last = save_run(tmp_path / "last", seed=1)
+    RunDir(tmp_path / "run").save(last, Optimizers([torch.optim.SGD(last.parameters())]), {"step": 9}, best=False)
+    texts = {
+        name: program(generate.main, tmp_path / path, "--prompt", "x", *options, *CPU).out
+        for name, path, options in (
+            ("best", "run", []),
+            ("latest", "run", ["--checkpoint", "latest"]),
+            ("first", "run/checkpoints/step_00000003", []),
+            ("ninth", "run/checkpoints/step_00000009", []),
+        )
+    }
+    assert texts["best"] == texts["first"] != texts["latest"] == texts["ninth"]
+
+
+def test_a_run_that_was_moved_still_speaks(program, tmp_path):
+    save_run(tmp_path / "run")
+    before = program(generate.main, tmp_path / "run", "--prompt", "x", *CPU).out
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert program(generate.main, tmp_path / "elsewhere", "--prompt", "x", *CPU).out == before
+
+
+def test_ids_that_pad_the_vocabulary_are_never_said(program, tmp_path, monkeypatch):
+    model = save_run(tmp_path / "run", vocab_size=320, tie_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[257:] *= 40
+    RunDir(tmp_path / "run").save(model, Optimizers([torch.optim.SGD(model.parameters())]), {"step": 9}, best=True)
+    drawn: list[int] = []
+    following = Sampler.next
+    monkeypatch.setattr(Sampler, "next", lambda *a: (t := following(*a), drawn.append(int(t)))[0])
+    assert program(generate.main, tmp_path / "run", "--prompt", "x", "--temperature", 3, *CPU).code == 0
+    assert len(drawn) > 20
+    assert max(drawn) <= 256
+
+
+# Stopping.
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_text_and_still_says_what_it_cost(say, monkeypatch, number, code):
+    def interrupted(*_, **__):
+        for n in range(99):
+            if n == 4:
+                os.kill(os.getpid(), number)
+            yield torch.tensor([ord("a") + n])
+
+    monkeypatch.setattr(generate, "stream", interrupted)
+    ended = say("full", "--prompt", "x")
+    assert ended.code == code
+    assert ended.out == "xabcd\n"
+    assert "decode" in ended.err
+
+
+# What bad input gets.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--prompt", ""], ["the prompt is empty: give at least a character, or leave --prompt out"]),
+        (["--prompt", "x", "--prompt-file", "-"], ["--prompt and --prompt-file were both given: take one"]),
+        (["--prompt-file", "no/such/file"], ["no/such/file"]),
+        (["--prompt-file", "."], ["(.)"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens (0) is out of range"]),
+        (["--temperature", "-1"], ["--temperature (-1.0) is out of range"]),
+        (["--temperature", "nan"], ["--temperature (nan) is out of range"]),
+        (["--top-k", "0"], ["--top-k (0) is out of range"]),
+        (["--top-p", "0"], ["--top-p (0.0) is out of range"]),
+        (["--top-p", "1.5"], ["--top-p (1.5) is out of range"]),
+        (["--window", "0"], ["--window (0) is out of range"]),
+        (["--window", "3", "--n-sink", "-1"], ["--n-sink (-1) is out of range"]),
+        (["--n-sink", "2"], ["--n-sink (2) means something with --window only: give one"]),
+        (["--check", "--cache", "none"], ["--check compares a cache with none: take --cache rolling or full"]),
+    ],
+    ids=lambda x: " ".join(x)[:30] if x[0].startswith("--") else "",
+)
+def test_an_option_out_of_its_range_is_refused(say, arguments, parts):
+    ended = say("full", *arguments)
+    ended.assert_refused("generate.py: ", *parts)
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["gpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="here there is cuda"))],
+)
+def test_a_device_that_is_not_there_is_refused(program, runs, device):
+    program(generate.main, runs / "full", "--device", device).assert_refused(f"device ({device}) is ", "here there is ")
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_with_the_byte_and_the_way_out(say, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("Grüße".encode("latin1"))
+    ended = say("full", "--prompt-file", tmp_path / "latin1.txt")
+    ended.assert_refused(f"{tmp_path / 'latin1.txt'} is not UTF-8 at byte 2: convert it, as with iconv")
+
+
+def test_an_empty_prompt_file_is_an_empty_prompt(say, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    say("full", "--prompt-file", tmp_path / "empty.txt").assert_refused("the prompt is empty")
+
+
+def test_a_character_that_the_tokenizer_cannot_write_is_refused(program, tmp_path):
+    save_run(tmp_path / "run", vocab_size=31)
+    make_tokenizer("char", lambda: iter(["abc"])).save(tmp_path / "run" / "tokenizer.json")
+    ended = program(generate.main, tmp_path / "run", "--prompt", "abcd", *CPU)
+    ended.assert_refused("the character 'd' (byte 0x64) never occurred in the text")
+
+
+@pytest.mark.parametrize("path", ["nowhere", "full/config.json", "full/checkpoints"])
+def test_a_path_that_is_no_run_is_refused(say, path):
+    say(path).assert_refused(f"{path} is no run: it has no config.json")
+
+
+@pytest.mark.parametrize("path", ["full/checkpoints/best", "full/checkpoints/step_00000099"])
+def test_a_path_that_is_no_checkpoint_is_refused(say, path):
+    say(path).assert_refused(f"{path} is no checkpoint: state.json cannot be read")
+
+
+def test_a_run_without_a_checkpoint_is_refused(program, tmp_path):
+    save_run(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "best").unlink()
+    ended = program(generate.main, tmp_path / "run")
+    ended.assert_refused(f"{tmp_path / 'run'} has no best checkpoint yet: train it first")
+
+
+SPOILED = {
+    "truncated": (
+        lambda run, step: os.truncate(step / "model.safetensors", 999),
+        "model.safetensors is missing or dam",
+    ),
+    "missing": (lambda run, step: (step / "model.safetensors").unlink(), "model.safetensors is missing or damaged"),
+    "state": (lambda run, step: (step / "state.json").write_text("{"), "is no checkpoint: state.json cannot be read"),
+    "tokenizer": (lambda run, step: (run / "tokenizer.json").write_text("{"), "tokenizer.json: damaged"),
+    "no tokenizer": (lambda run, step: (run / "tokenizer.json").unlink(), "the tokenizer cannot be read"),
+    "config": (lambda run, step: (run / "config.json").write_text("{"), "config.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_a_damaged_run_is_refused(program, tmp_path, spoiled):
+    save_run(tmp_path / "run")
+    spoil, message = SPOILED[spoiled]
+    spoil(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000003")
+    ended = program(generate.main, tmp_path / "run", *CPU, name="generate.py")
+    ended.assert_refused("generate.py: ", message)
+    assert ended.out == ""
+
+
+def test_a_checkpoint_of_another_shape_is_refused(program, tmp_path):
+    save_run(tmp_path / "run")
+    save_run(tmp_path / "other", n_embd=22)
+    config = tmp_path / "other" / "config.json"
+    config.replace(tmp_path / "run" / "config.json")
+    ended = program(generate.main, tmp_path / "run", *CPU)
+    ended.assert_refused("is of another shape: ", "in the checkpoint and ", "in the model")

@@ -1,0 +1,368 @@
+"""A run that was stopped, killed or cut short, and repeated, equals one that never was: bit for bit."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Ended, command_line, run_config, run_program, start_program
+
+import train
+from configs.run_dir import Metrics, RunDir
+from configs.schema import RunConfig
+from data.tokenizer import Tokenizer
+from model import checkpoint, memory
+
+SAME = ("step", "tokens", "train_loss", "lr", "grad_norm", "val_loss", "val_perplexity", "val_bits_per_byte", "kernel")
+SUMMARY = (*SAME, "variant", "layers", "n_params", "best_val_loss", "kv_cache_bytes", "kv_cache_dtype", "stream_hash")
+
+
+def outcome(path: Path) -> dict[str, object]:
+    """All of a finished run that does not depend on time or place."""
+    run = RunDir(path)
+    summary = run.summary()
+    assert summary is not None, "it is not finished"
+    return {
+        "metrics": [{key: line[key] for key in SAME if key in line} for line in run.metrics()],
+        "summary": {key: summary[key] for key in SUMMARY if key != "variant"},
+        "best": run.checkpoint("best").step,
+        "files": {
+            file.relative_to(path): file.read_bytes() for file in sorted(path.rglob("checkpoints/*/*.safetensors"))
+        },
+    }
+
+
+def assert_same(one: Path, other: Path) -> None:
+    one, other = outcome(one), outcome(other)
+    assert one["metrics"] == other["metrics"]
+    assert one == other
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 would, as far as a test in one process can."""
+
+
+def fail_at(
+    patch: pytest.MonkeyPatch, owner: object, name: str, call: int, error: BaseException, *, after: bool
+) -> None:
+    """Raise before or after one call of a function."""
+    original, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def wrapped(*args, **kwargs):
+        due = next(calls) == call
+        if due and not after:
+            raise error
+        result = original(*args, **kwargs)
+        if due:
+            raise error
+        return result
+
+    patch.setattr(owner, name, wrapped)
+
+
+DROPOUT = {"model": {"dropout": 0.2}, "train": {"log_every": 3}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text) -> Path:
+    """The run with dropout that nobody disturbed."""
+    config = run_config(tmp_path_factory.mktemp("whole"), text, **DROPOUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "matmul_rate", lambda runtime: 1e12)
+        train.run(config)
+    return config.path
+
+
+# Cut short anywhere in one process.
+
+PLACES = {
+    "as a step begins": (train.Trainer, "step", False),
+    "after a step": (train.Trainer, "step", True),
+    "after an evaluation": (train, "evaluate", True),
+    "as a line is written": (Metrics, "write", False),
+    "after a line": (Metrics, "write", True),
+    "as a checkpoint is saved": (RunDir, "save", False),
+    "before the checkpoint is pointed to": (checkpoint, "point", False),
+    "as an old one is removed": (checkpoint, "remove", False),
+    "after a checkpoint": (RunDir, "save", True),
+}
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_run_cut_short_and_repeated_equals_one_that_never_was(tmp_path, text, whole, monkeypatch, place, call):
+    config = run_config(tmp_path, text, **DROPOUT)
+    owner, name, after = PLACES[place]
+    with monkeypatch.context() as patch:
+        fail_at(patch, owner, name, call, Killed(), after=after)
+        with pytest.raises(Killed):
+            train.run(config)
+    train.run(config)
+    assert_same(config.path, whole)
+
+
+ENDS = {
+    "before it is begun": (RunDir, "begin", False),
+    "after it is begun": (RunDir, "begin", True),
+    "while its directory is made": (checkpoint, "write_json", False),
+    "before its tokenizer is saved": (Tokenizer, "save", False),
+    "before its summary": (RunDir, "finish", False),
+}
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("place", ENDS)
+def test_a_run_cut_short_at_its_ends_and_repeated_equals_one_that_never_was(tmp_path, text, whole, monkeypatch, place):
+    config = run_config(tmp_path, text, **DROPOUT)
+    owner, name, after = ENDS[place]
+    with monkeypatch.context() as patch:
+        fail_at(patch, owner, name, 1, Killed(), after=after)
+        with pytest.raises(Killed):
+            train.run(config)
+    train.run(config)
+    assert_same(config.path, whole)
+
+
+def test_a_run_that_measures_speed_and_memory_resumes_exactly_too(tmp_path, text, monkeypatch):
+    config, undisturbed = (run_config(tmp_path, text, name, **DROPOUT) for name in ("run", "undisturbed"))
+    train.run(undisturbed)
+    with monkeypatch.context() as patch:
+        fail_at(patch, train.Trainer, "step", 7, Killed(), after=False)
+        with pytest.raises(Killed):
+            train.run(config)
+    train.run(config)
+    assert_same(config.path, undisturbed.path)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_cut_short_again_and_again_arrives(tmp_path, text, whole, monkeypatch):
+    config = run_config(tmp_path, text, **DROPOUT)
+    for call in (6, 3, 5, 2):
+        with monkeypatch.context() as patch:
+            fail_at(patch, train.Trainer, "step", call, Killed(), after=True)
+            with pytest.raises(Killed):
+                train.run(config)
+    train.run(config)
+    assert_same(config.path, whole)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_goes_on_and_says_from_where(tmp_path, text, monkeypatch, capsys):
+    config = run_config(tmp_path, text)
+    with monkeypatch.context() as patch:
+        fail_at(patch, train.Trainer, "step", 11, Killed(), after=True)
+        with pytest.raises(Killed):
+            train.run(config)
+    steps: list[int] = []
+    step = train.Trainer.step
+    monkeypatch.setattr(train.Trainer, "step", lambda self, done: (steps.append(done.step), step(self, done)))
+    train.run(config)
+    assert "going on from step 10" in capsys.readouterr().out
+    assert steps == [10, 11]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_lines_after_the_checkpoint_are_cut_as_the_run_goes_on(tmp_path, text, monkeypatch):
+    config = run_config(tmp_path, text)
+    for call, lines in ((8, 7), (3, 7)):
+        with monkeypatch.context() as patch:
+            fail_at(patch, train.Trainer, "step", call, Killed(), after=False)
+            with pytest.raises(Killed):
+                train.run(config)
+        assert [line["step"] for line in RunDir(config.path).metrics()] == list(range(1, lines + 1))
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_may_be_finished_in_fewer_steps_than_it_was_begun_for(tmp_path, text, monkeypatch):
+    constant = {"optim": {"schedule": "constant"}, "train": {"max_steps": 12}}
+    with monkeypatch.context() as patch:
+        fail_at(patch, train.Trainer, "step", 11, Killed(), after=True)
+        with pytest.raises(Killed):
+            train.run(run_config(tmp_path, text, **constant))
+    result = train.run(run_config(tmp_path, text, optim=constant["optim"], train={"max_steps": 10}))
+    assert result.step == result.summary["step"] == 10
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_another_micro_batch_may_go_on_with_a_run(tmp_path, text, monkeypatch):
+    config = run_config(tmp_path, text, train={"micro_batch": 6})
+    with monkeypatch.context() as patch:
+        fail_at(patch, train.Trainer, "step", 7, Killed(), after=False)
+        with pytest.raises(Killed):
+            train.run(config)
+    train.run(run_config(tmp_path, text, train={"micro_batch": 2}))
+    train.run(run_config(tmp_path, text, "undisturbed", train={"micro_batch": 6}))
+    one, other = ([x["train_loss"] for x in RunDir(tmp_path / n).metrics()] for n in ("run", "undisturbed"))
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+# Signals, in this process.
+
+
+def stop_at(patch: pytest.MonkeyPatch, call: int, number: int, times: int = 1) -> None:
+    """A signal that arrives in the middle of a step."""
+    update, calls = train.Trainer._update, iter(range(1, 1000))
+
+    def interrupted(self, step):
+        if next(calls) == call:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return update(self, step)
+
+    patch.setattr(train.Trainer, "_update", interrupted)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("call", [1, 5, 7, 8])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_goes_on_as_if_it_had_not(tmp_path, text, whole, monkeypatch, capsys, call, number):
+    config = run_config(tmp_path, text, **DROPOUT)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stop_at(patch, call, number)
+        result = train.run(config)
+    assert (result.stopped_by, result.step) == (number, call)
+    assert result.summary is None
+    assert capsys.readouterr().err == f"stopped at step {call}; the same command goes on from there\n"
+    assert RunDir(config.path).latest().step == call
+    assert signal.getsignal(number) == before
+    assert train.run(config).stopped_by is None
+    one, other = outcome(config.path), outcome(whole)
+    assert one["metrics"] == other["metrics"]
+    assert one["summary"] == other["summary"]
+    last = Path("checkpoints/step_00000012/model.safetensors")
+    assert one["files"][last] == other["files"][last]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_signal_in_the_last_step_loses_nothing(tmp_path, text, whole, monkeypatch):
+    config = run_config(tmp_path, text, **DROPOUT)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 12, signal.SIGTERM)
+        train.run(config)
+    train.run(config)
+    assert_same(config.path, whole)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_second_signal_stops_at_once(tmp_path, text, monkeypatch):
+    stop_at(monkeypatch, 3, signal.SIGINT, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(run_config(tmp_path, text))
+    assert RunDir(tmp_path / "run").metrics()[-1]["step"] == 2
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_outside_the_main_thread_works_without_signals(tmp_path, text):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as threads:
+        result = threads.submit(train.run, run_config(tmp_path, text)).result()
+    assert result.summary["step"] == 12
+
+
+# What is damaged is refused, and nothing changes.
+
+DAMAGES = {
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "flipped": lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.fixture
+def stopped(tmp_path, text, monkeypatch, unmeasured) -> RunConfig:
+    """A run stopped at step 6 of 12."""
+    config = run_config(tmp_path, text)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, signal.SIGTERM)
+        train.run(config)
+    return config
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_changes(
+    tmp_path, text, program, stopped, damage, name
+):
+    file = stopped.path / "checkpoints" / "step_00000006" / name
+    DAMAGES[damage](file)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    ended = program(train.main, *command_line(tmp_path, text), name="train.py")
+    ended.assert_refused("train.py: ", str(file if "safetensors" in name else file.parent))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_config_is_refused_in_one_line(tmp_path, text, program, stopped, content):
+    (stopped.path / "config.json").write_text(content)
+    program(train.main, *command_line(tmp_path, text)).assert_refused(str(stopped.path / "config.json"))
+
+
+# Real processes.
+
+LONG = {"model": {"dropout": 0.1}, "train": {"max_steps": 110, "checkpoint_every": 7, "eval_every": 18}}
+
+
+@pytest.fixture(scope="module")
+def long_whole(tmp_path_factory, text) -> Path:
+    """110 steps in a process that nobody disturbed."""
+    out = tmp_path_factory.mktemp("long")
+    ended = run_program("train.py", *command_line(out, text, **LONG))
+    assert ended.code == 0, ended
+    return out / "run"
+
+
+def signalled(out: Path, text: Path, number: int, step: int) -> Ended:
+    """The process that got a signal as soon as its metrics said this step."""
+    process = start_program("train.py", *command_line(out, text, **LONG))
+    metrics, end = out / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    process.send_signal(number)
+    out_text, err = process.communicate(timeout=60)
+    return Ended(process.returncode, out_text, err)
+
+
+def test_a_killed_process_and_its_repetition_equal_one_that_was_not_killed(tmp_path, text, long_whole):
+    step = random.SystemRandom().randrange(45, 65)  # of 110: any moment will do
+    killed = signalled(tmp_path, text, signal.SIGKILL, step)
+    assert killed.code == -signal.SIGKILL
+    assert RunDir(tmp_path / "run").summary() is None
+    repeated = run_program("train.py", *command_line(tmp_path, text, **LONG))
+    assert repeated.code == 0, repeated
+    assert "going on from step" in repeated.out
+    assert_same(tmp_path / "run", long_whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_process_says_how_to_go_on_and_does(tmp_path, text, long_whole, number, code):
+    ended = signalled(tmp_path, text, number, 50)
+    assert ended.code == code
+    latest = RunDir(tmp_path / "run").latest().step
+    assert ended.err == f"stopped at step {latest}; the same command goes on from there\n"
+    assert 50 <= latest < 110
+    train.run(run_config(tmp_path, text, **LONG))
+    assert_same(tmp_path / "run", long_whole)
+
+
+def test_peaks_are_measured_again_after_a_resume(tmp_path, text, stopped, monkeypatch):
+    monkeypatch.setattr(train, "measure_peak", memory.measure_peak)
+    summary = train.run(stopped).summary
+    assert summary["peak_memory_train_bytes"] > summary["peak_memory_eval_bytes"] > 0
+
+
+def test_resuming_leaves_the_generator_where_it_was(tmp_path, text, stopped):
+    drawn: list[torch.Tensor] = []
+    step = train.Trainer.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "step", lambda self, done: (drawn.append(torch.get_rng_state()), step(self, done)))
+        train.run(stopped)
+    saved = checkpoint._load(stopped.path / "checkpoints" / "step_00000012" / "optimizer.safetensors")["rng/cpu"]
+    assert all(torch.equal(state, saved) for state in drawn)

@@ -1,0 +1,377 @@
+"""What a run leaves behind, and what a second start of it may change."""
+
+import json
+import re
+import sys
+import warnings
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_config, save_run
+
+from configs.run_dir import KEEP, MAY_CHANGE, Metrics, RunDir, environment
+from configs.schema import RunConfig
+from model import checkpoint
+from model.device import resolve
+from model.errors import UserError
+from model.optim import Optimizers
+
+
+@pytest.fixture
+def config(tmp_path, text) -> RunConfig:
+    return run_config(tmp_path / "runs", text, "mine")
+
+
+@pytest.fixture
+def begun(config) -> RunDir:
+    run = RunDir(config.path)
+    run.begin(config, {"data": "da7a", "commit": "c0ffee"})
+    return run
+
+
+def tiny_training() -> tuple[torch.nn.Module, Optimizers]:
+    model = torch.nn.Linear(3, 2)
+    return model, Optimizers([torch.optim.SGD(model.parameters())])
+
+
+def save_steps(run: RunDir, steps: dict[int, bool]) -> None:
+    """Checkpoints of these steps, the best so far or not."""
+    for step, best in steps.items():
+        run.save(*tiny_training(), {"step": step}, best=best)
+
+
+def kept(run: RunDir) -> list[int]:
+    return [checkpoint.read(path).step for path in checkpoint.list_steps(run.checkpoints)]
+
+
+# The directory.
+
+
+def test_opening_a_directory_writes_nothing(tmp_path):
+    run = RunDir(tmp_path / "a")
+    assert not run.exists()
+    assert run.latest() is None
+    assert run.summary() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_begun_run_keeps_its_config_and_facts(begun, config):
+    assert begun.exists()
+    assert begun.config() == config
+    assert {key: value for key, value in begun.facts().items() if key != "config"} == {
+        "data": "da7a",
+        "commit": "c0ffee",
+    }
+
+
+def test_a_run_can_be_begun_where_a_start_was_cut_short(config):
+    for leftover in ("checkpoints", "config.json.tmp"):
+        path = config.path / leftover
+        path.mkdir(parents=True) if "." not in leftover else path.write_text("{")
+    RunDir(config.path).begin(config, {"data": "da7a"})
+    assert RunDir(config.path).config() == config
+
+
+def test_a_directory_of_something_else_is_left_alone(config):
+    config.path.mkdir(parents=True)
+    (config.path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError) as error:
+        RunDir(config.path).begin(config, {"data": "da7a"})
+    assert str(error.value) == f"{config.path} exists and is no run: give another --name"
+    assert [file.name for file in config.path.iterdir()] == ["thesis.tex"]
+
+
+def test_beginning_again_takes_back_the_summary(begun, config):
+    begun.finish({"val_loss": 1.0})
+    assert begun.summary() == {"val_loss": 1.0}
+    begun.begin(config, {"data": "da7a"})
+    assert begun.summary() is None
+
+
+def test_a_path_is_the_run_or_one_of_its_checkpoints(begun):
+    save_steps(begun, {5: True})
+    for path in (begun.path, begun.checkpoints / "step_00000005"):
+        assert RunDir.of(path).path == begun.path
+
+
+@pytest.mark.parametrize("path", ["", "mine/checkpoints", "mine/config.json", "nowhere"])
+def test_another_path_is_no_run(begun, path):
+    path = begun.path.parent / path
+    with pytest.raises(UserError) as error:
+        RunDir.of(path)
+    assert str(error.value) == f"{path} is no run: it has no config.json"
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"config"'])
+def test_a_damaged_config_is_said(begun, content):
+    (begun.path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"{begun.path / 'config.json'} is damaged: ")):
+        begun.config()
+
+
+def test_a_config_of_another_version_names_the_key(begun):
+    facts = begun.facts()
+    facts["config"]["model"]["n_heads"] = facts["config"]["model"].pop("n_head")
+    (begun.path / "config.json").write_text(json.dumps(facts))
+    message = f"{begun.path}/config.json: model.n_heads is unknown; did you mean n_head?"
+    with pytest.raises(UserError, match=re.escape(message)):
+        begun.config()
+
+
+def test_the_environment_says_versions_device_and_commit():
+    facts = environment(resolve("cpu", "float32", "off"))
+    assert list(facts["versions"]) == ["python", "torch", "tiktoken"]
+    assert facts["versions"]["torch"] == torch.__version__
+    assert "cpu" in facts["runtime"]
+    assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", facts["commit"])
+
+
+# What may change on resume.
+
+
+def leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    return [
+        key
+        for name, value in values.items()
+        for key in (leaf_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name])
+    ]
+
+
+def changed(config: RunConfig, key: str) -> RunConfig:
+    """The config with one value another, whether it could be built or not."""
+    section, _, name = key.rpartition(".")
+    record = getattr(config, section) if section else config
+    was = getattr(record, name)
+    match was:
+        case bool():
+            now: Any = not was
+        case int() | float():
+            now = was + 1
+        case tuple():
+            now = (0.5, 0.5)
+        case Path():
+            now = was / "elsewhere"
+        case None:
+            now = 77
+        case _:
+            now = f"{was}-other"
+    record = record.model_copy(update={name: now})
+    return config.model_copy(update={section: record}) if section else record
+
+
+def value_at(config: RunConfig, key: str) -> Any:
+    return reduce(dict.__getitem__, key.split("."), config.model_dump(mode="json"))
+
+
+def may_change(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+
+
+KEYS = leaf_keys(RunConfig().model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_of_the_experiment_cannot_change_and_others_can(begun, config, key):
+    warnings.simplefilter("ignore", UserWarning)  # of values that no config could have
+    other = changed(config, key)
+    if may_change(key):
+        begun.check_same(other, "da7a")
+        return
+    with pytest.raises(UserError) as error:
+        begun.check_same(other, "da7a")
+    was, now = value_at(config, key), value_at(other, key)
+    assert str(error.value) == (
+        f"{begun.path} was begun with {key} = {was!r}, now it is {now!r}: give another --name, "
+        f"or remove the directory to begin again"
+    )
+
+
+@pytest.mark.parametrize(
+    "key", ["name", "out_dir", "device", "dtype", "compile", "log.wandb", "log.progress", "train.max_steps", "data.dir"]
+)
+def test_length_place_device_and_logging_may_change(key):
+    assert may_change(key)
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "model.window", "model.dropout", "data.text", "train.global_batch_tokens", "optim.warmup_steps"]
+)
+def test_what_changes_the_result_may_not(key):
+    assert key in KEYS
+    assert not may_change(key)
+
+
+def test_every_key_that_may_change_exists():
+    assert [name for name in MAY_CHANGE if not any(k == name or k.startswith(f"{name}.") for k in KEYS)] == []
+
+
+def test_the_same_config_is_the_same(begun, config):
+    begun.check_same(config, "da7a")
+
+
+def test_other_data_is_refused_with_both_hashes(begun, config):
+    with pytest.raises(UserError) as error:
+        begun.check_same(config, "0ther")
+    assert str(error.value) == (
+        f"{begun.path} was begun on other data (hash da7a, now 0ther): "
+        f"give another --name, or remove the directory to begin again"
+    )
+
+
+# Checkpoints: the best and the newest two.
+
+
+def test_pruning_keeps_the_best_and_the_newest_two(begun):
+    save_steps(begun, {10: True, 20: True, 30: False, 40: False, 50: False})
+    assert KEEP == 2
+    assert kept(begun) == [20, 40, 50]
+    assert (begun.checkpoint("best").step, begun.checkpoint("latest").step) == (20, 50)
+
+
+def test_a_best_that_is_new_needs_no_room_of_its_own(begun):
+    save_steps(begun, {10: True, 20: False, 30: True})
+    assert kept(begun) == [20, 30]
+    assert begun.checkpoint("best").step == begun.latest().step == 30
+
+
+def test_without_a_best_there_is_a_latest(begun):
+    save_steps(begun, {10: False})
+    assert begun.latest().step == 10
+    with pytest.raises(UserError) as error:
+        begun.checkpoint("best")
+    assert str(error.value) == f"{begun.path} has no best checkpoint yet: train it first"
+
+
+def test_a_failed_removal_of_old_ones_leaves_no_damaged_checkpoint_in_use(begun, monkeypatch):
+    save_steps(begun, {10: False, 20: False})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: None)
+        save_steps(begun, {30: False})
+    assert begun.latest().step == 30
+    save_steps(begun, {40: False})
+    assert kept(begun) == [30, 40]
+
+
+def test_networks_come_back_by_best_latest_or_path(tmp_path):
+    best = save_run(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    last = save_run(tmp_path / "other", seed=1)
+    run.save(last, Optimizers([torch.optim.SGD(last.parameters())]), {"step": 9}, best=False)
+    for network, path, which in (
+        (best, run.path, "best"),
+        (last, run.path, "latest"),
+        (best, run.checkpoints / "step_00000003", "latest"),
+    ):
+        loaded, tokenizer = run.load(path, which)
+        assert torch.equal(loaded.lm_head.weight, network.lm_head.weight)
+        assert tokenizer.name == "byte"
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    save_run(tmp_path / "run")
+    save_run(tmp_path / "other", n_embd=22)
+    path = tmp_path / "run" / "checkpoints" / "step_00000003"
+    path.rename(path.with_name("away"))
+    (tmp_path / "other" / "checkpoints" / "step_00000003").rename(path)
+    with pytest.raises(UserError, match=rf"{path} is of another shape: .* is \(.*22.*\) in the checkpoint and \(.*20"):
+        RunDir(tmp_path / "run").load(tmp_path / "run")
+
+
+# Metrics.
+
+
+def lines_of(run: RunDir) -> list[str]:
+    return (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+def write_metrics(run: RunDir, config: RunConfig, steps: range) -> None:
+    metrics = Metrics(run, config)
+    for step in steps:
+        metrics.write({"step": step, "train_loss": step / 3, "mfu": None})
+    metrics.close()
+
+
+def test_metrics_are_lines_of_json_without_what_was_not_measured(begun, config):
+    write_metrics(begun, config, range(1, 4))
+    assert begun.metrics() == [{"step": step, "train_loss": step / 3} for step in range(1, 4)]
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(begun, config):
+    metrics = Metrics(begun, config)
+    metrics.write({"step": 1})
+    assert begun.metrics() == [{"step": 1}]
+    metrics.close()
+
+
+def test_metrics_go_on_after_those_that_are_there(begun, config):
+    write_metrics(begun, config, range(1, 3))
+    write_metrics(begun, config, range(3, 5))
+    assert [line["step"] for line in begun.metrics()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, 0), (2, 2), (5, 5), (9, 5)])
+def test_cutting_drops_what_came_after_a_step_and_nothing_else(begun, config, step, left):
+    write_metrics(begun, config, range(1, 6))
+    before = lines_of(begun)
+    begun.cut_metrics(step)
+    assert lines_of(begun) == before[:left]
+
+
+def test_cutting_drops_a_line_that_was_never_finished(begun, config):
+    write_metrics(begun, config, range(1, 4))
+    before = lines_of(begun)
+    (begun.path / "metrics.jsonl").write_text("".join(before) + '{"step": 2, "trai')
+    begun.cut_metrics(9)
+    assert lines_of(begun) == before
+
+
+def test_cutting_where_there_are_no_metrics_makes_none(begun):
+    begun.cut_metrics(0)
+    assert not (begun.path / "metrics.jsonl").exists()
+
+
+# wandb mirrors the lines, and never asks for a login.
+
+
+@pytest.fixture
+def mirrored(tmp_path, text) -> RunConfig:
+    return run_config(tmp_path / "runs", text, "mine", log={"wandb": True, "wandb_project": "attention"})
+
+
+def test_wandb_gets_the_lines_as_they_are(begun, mirrored, wandb):
+    write_metrics(begun, mirrored, range(1, 4))
+    assert wandb.logged == [(line, line["step"]) for line in begun.metrics()]
+    assert wandb.finished
+
+
+def test_wandb_is_offline_without_a_key_and_writes_into_the_run(begun, mirrored, wandb):
+    Metrics(begun, mirrored).close()
+    assert wandb.started["mode"] == "offline"
+    assert (wandb.started["project"], wandb.started["name"]) == ("attention", "mine")
+    assert wandb.started["dir"] == begun.path
+    assert wandb.started["config"] == mirrored.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("where", ["environment", "settings"])
+def test_wandb_is_online_with_a_key(begun, mirrored, wandb, monkeypatch, where):
+    if where == "environment":
+        monkeypatch.setenv("WANDB_API_KEY", "key")
+    else:
+        wandb.api.api_key = "key"
+    Metrics(begun, mirrored).close()
+    assert wandb.started["mode"] is None
+
+
+def test_wandb_keeps_a_mode_that_was_asked_for(begun, mirrored, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    Metrics(begun, mirrored).close()
+    assert wandb.started["mode"] is None
+
+
+def test_wandb_is_not_even_imported_unless_asked(begun, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    write_metrics(begun, config, range(1, 3))
+    assert len(begun.metrics()) == 2
