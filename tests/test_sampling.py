@@ -220,6 +220,15 @@ def test_seeds_give_different_texts():
     assert len(set(map(tuple, found))) == 4
 
 
+def test_a_stream_draws_each_token_with_the_noise_of_its_position():
+    model, idx, sampler = sliding_model(), random_tokens(2, 11), Sampler(**WARM)
+    with torch.no_grad():
+        for n in range(20):
+            token = sampler.next(model(idx)[:, -1], torch.full((2,), 11 + n), torch.arange(2))
+            idx = torch.cat((idx, token[:, None]), dim=1)
+    assert torch.equal(text(model, model.new_cache(2, 40), idx[:, :11], **WARM), idx[:, 11:])
+
+
 def test_greedy_text_is_the_argmax_at_every_step():
     model, idx = sliding_model(), PROMPT
     with torch.no_grad():

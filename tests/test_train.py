@@ -24,7 +24,7 @@ from model.errors import UserError
 from model.evaluate import Evaluation
 from model.gpt import GPT
 from model.memory import measure_peak
-from model.optim import Optimizers
+from model.optim import Optimizers, lr_factor
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -140,6 +140,23 @@ def test_a_line_has_the_mean_loss_of_the_steps_since_the_last(trained):
     spans = losses(trained("spans", train={"log_every": 4, "eval_every": 5}))
     ends = pairwise([0, 4, 5, 8, 10, 12])
     assert spans == pytest.approx([sum(each[a:b]) / (b - a) for a, b in ends], rel=1e-12)
+
+
+@pytest.mark.parametrize("optim", [{"optimizer": "adamw", "adamw_lr": 0.01}, {"muon_lr": 0.01}], ids=["adamw", "muon"])
+def test_the_learning_rate_follows_its_schedule(trained, monkeypatch, optim):
+    used: list[list[float]] = []
+    step = Optimizers.step
+    rates = lambda self: [group["lr"] for optimizer in self.all for group in optimizer.param_groups]
+    monkeypatch.setattr(Optimizers, "step", lambda self: (used.append(rates(self)), step(self))[1])
+    shape = {"schedule": "cosine", "warmup_steps": 3, "final_lr": 0.1}
+    lines = trained(optim=optim | shape).metrics()
+    factors = [
+        lr_factor(n, max_steps=12, warmup_steps=3, schedule="cosine", decay_fraction=0.4, final=0.1) for n in range(12)
+    ]
+    assert [line["lr"] for line in lines] == pytest.approx([0.01 * x for x in factors])
+    for rates_of_group in zip(*used, strict=True):
+        peak = rates_of_group[3]
+        assert list(rates_of_group) == pytest.approx([peak * x for x in factors])
 
 
 def test_perplexity_and_bits_per_byte_follow_from_the_loss(trained, text):
