@@ -4,6 +4,7 @@ The text goes to standard output as it is made, the statistics to standard error
 """
 
 import codecs
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ def generate(options: Options) -> int:
     runtime = resolve(options.device, options.dtype, "off")
     model, tokenizer = load(options, runtime)
     prompt = read_prompt(options, tokenizer)
+    if model.wpe is not None and len(prompt) > model.config.block_size:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, more than the {model.config.block_size} of the learned positions "
+            "of this model (block_size): shorten it, or train with position = rope"
+        )
     length = len(prompt) + options.max_new_tokens
     cache = None if options.cache == "none" else model.new_cache(1, length, rolling=options.cache == "rolling")
     sampler = Sampler(
@@ -106,7 +112,7 @@ def check_options(options: Options) -> None:
     """UserError for a value out of its range."""
     wrong = {
         "max_new_tokens": options.max_new_tokens < 1,
-        "temperature": options.temperature < 0,
+        "temperature": not 0 <= options.temperature < math.inf,
         "top_k": options.top_k is not None and options.top_k < 1,
         "top_p": options.top_p is not None and not 0 < options.top_p <= 1,
         "window": options.window is not None and options.window < 1,

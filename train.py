@@ -53,7 +53,7 @@ class Progress:
 
     step: int = 0
     elapsed_s: float = 0.0
-    best_val_loss: float = math.inf
+    best_val_loss: float | None = None
     loss_sum: float = 0.0  # of the steps since the last line of metrics
     loss_count: int = 0
 
@@ -119,8 +119,8 @@ def run(config: RunConfig) -> RunResult:
                     batches = eval_batches(val, block_size=T, batch_size=eval_rows, max_tokens=eval_tokens)
                     result = evaluate(model, batches, token_bytes, runtime)
                 found = {f"val_{key}": getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte")}
-                improved = result.loss < progress.best_val_loss
-                progress.best_val_loss = min(progress.best_val_loss, result.loss)
+                improved = progress.best_val_loss is None or result.loss < progress.best_val_loss
+                progress.best_val_loss = result.loss if improved else progress.best_val_loss
             if evaluated or progress.step % config.train.log_every == 0:
                 line = trainer.report(progress) | (found if evaluated else {})
                 metrics.write(line)
@@ -133,6 +133,12 @@ def run(config: RunConfig) -> RunResult:
     if stopped:
         print(f"stopped at step {progress.step}; the same command goes on from there", file=sys.stderr)
         return RunResult(path=run_dir.path, step=progress.step, stopped_by=stopped[0])
+    if trainer.n_steps == 0:  # it had come to its last step, and was cut short before its summary
+        line = run_dir.metrics()[-1]
+        if "val_loss" not in line:
+            batches = eval_batches(val, block_size=T, batch_size=eval_rows, max_tokens=eval_tokens)
+            result = evaluate(model, batches, token_bytes, runtime)
+            line |= {f"val_{key}": getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte")}
     summary = line | summarize(config, progress) | {"stream_hash": stream_hash(val, T, eval_tokens)}
     run_dir.finish(summary)
     return RunResult(path=run_dir.path, step=progress.step, summary=summary)

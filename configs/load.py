@@ -55,9 +55,22 @@ def build(schema: type[T], values: dict[str, Any], *, source: Callable[[tuple], 
         return schema(**values)
     except ValidationError as error:
         first, *more = error.errors()
-        key = tuple(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
+        key = _known(schema, first["loc"])
         also = f" (and {len(more)} more)" if more and more[0]["loc"][: len(key)] != first["loc"][: len(key)] else ""
         raise UserError(source(key) + _explain(schema, key, first) + also) from None
+
+
+def _known(schema: type, loc: tuple) -> tuple[str, ...]:
+    """The keys of an error's place: behind the first value or unknown key come pydantic's own words."""
+    key: list[str] = []
+    at: Any = schema
+    for part in loc:
+        if not (isinstance(at, type) and issubclass(at, Section)):
+            break
+        key.append(str(part))
+        field = at.model_fields.get(str(part))
+        at = field.annotation if field else None
+    return tuple(key)
 
 
 def _explain(schema: type, key: tuple[str, ...], error: Any) -> str:

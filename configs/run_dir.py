@@ -81,7 +81,8 @@ class RunDir:
 
     def begin(self, config: RunConfig, facts: dict[str, Any]) -> None:
         """Write config.json; from here on the directory is a run."""
-        if self.path.exists() and not self.exists() and any(self.path.iterdir()):
+        own = {"checkpoints", "config.json.tmp"}  # what a start that was cut short leaves
+        if self.path.exists() and not self.exists() and not own.issuperset(x.name for x in self.path.iterdir()):
             raise UserError(f"{self.path} exists and is no run: give another --name")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
@@ -130,7 +131,10 @@ class RunDir:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / name).read_text())
+            content = json.loads((self.path / name).read_text())
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds a {type(content).__name__}")
+            return content
         except FileNotFoundError:
             raise UserError(f"{self.path} is no run directory: it has no {name}") from None
         except ValueError as error:

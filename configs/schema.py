@@ -85,7 +85,7 @@ class RunConfig(Section):
 
     name: str = Field("run", pattern=r"^[\w.+-]+(/[\w.+-]+)*$", description="directory of the run below out_dir")
     out_dir: Path = Field(Path("runs"), description="where runs are kept")
-    seed: int = Field(1337, ge=0, description="of the initial weights, the order of the data and dropout")
+    seed: int = Field(1337, ge=0, lt=2**63, description="of the initial weights, the order of the data and dropout")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: DType = Field(
         "auto", description="of matrix products; auto: bfloat16 where the hardware multiplies it natively"

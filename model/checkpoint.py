@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +43,17 @@ def save(root: Path, *, step: int, model: nn.Module, optimizers: Optimizers | No
         if optimizers is not None:
             save_file(_optimizer_tensors(model, optimizers) | _rng_tensors(), partial / "optimizer.safetensors")
         files = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-        write_json(partial / "state.json", {"format": FORMAT, "step": step, **state, "sha256": files})
+        content = {"format": FORMAT, "step": step, **state, "sha256": files}
+        write_json(partial / "state.json", content | {"own_sha256": _own_digest(content)})
         for file in partial.iterdir():
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync(root)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if match := re.search(r"^(?:.*: )?(.+) \(os error (\d+)\)$", str(error)):  # safetensors hides the number
+            raise OSError(int(match[2]), match[1], str(partial)) from None
         raise
     return final
 
@@ -60,8 +64,13 @@ def read(path: Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint: state.json cannot be read ({error})") from None
+    damaged = UserError(f"{path} is no checkpoint: state.json is damaged")
+    if not isinstance(state, dict):
+        raise damaged
     if state.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {state.get('format')}, this version reads {FORMAT}")
+    if state.pop("own_sha256", None) != _own_digest(state):
+        raise damaged
     for name, digest in state["sha256"].items():
         if not (path / name).is_file() or _digest(path / name) != digest:
             raise UserError(f"{path / name} is missing or damaged: its bytes are not those that were written")
@@ -128,11 +137,15 @@ def write_json(path: Path, content: dict) -> None:
 def write_text(path: Path, text: str) -> None:
     """A whole file or none: written beside, synced, renamed."""
     partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _unique(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,6 +179,10 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}): it is truncated or no safetensors file") from None
+
+
+def _own_digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

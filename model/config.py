@@ -22,7 +22,12 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_none(cls, values: dict) -> dict:
+    def _read_none(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values  # which is refused, as no section
+        for key, field in cls.model_fields.items():
+            if isinstance(values.get(key), bool) and field.annotation is not bool:
+                raise ValueError(f"{key} ({values[key]}) is no switch")
         optional = {key for key, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
         return {key: None if value == "none" and key in optional else value for key, value in values.items()}
 

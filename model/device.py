@@ -89,7 +89,9 @@ def _compile(device: torch.device, asked: Switch, flops: float) -> tuple[bool, s
     if asked != "auto":
         return asked == "on", "as asked"
     if device.type == "cuda":
-        return (True, "pays on cuda") if torch.utils._triton.has_triton() else (False, "no triton here")
+        from torch.utils._triton import has_triton
+
+        return (True, "pays on cuda") if has_triton() else (False, "no triton here")
     if device.type == "mps":
         return False, "eager is the safe choice on mps"
     if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
@@ -106,10 +108,11 @@ def compile_blocks(model: nn.Module) -> None:
 def matmul_rate(runtime: Runtime, seconds: float = 0.2) -> float:
     """FLOP/s of a large square matrix product in the runtime's dtype, measured: what MFU divides by."""
     n = 8192 if runtime.device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=runtime.device, dtype=runtime.dtype) for _ in "ab")
-    best, until = float("inf"), time.perf_counter() + seconds
+    own = torch.Generator(runtime.device).manual_seed(0)  # leaves the training RNG alone
+    a, b = (torch.randn(n, n, generator=own, device=runtime.device, dtype=runtime.dtype) for _ in "ab")
     (a @ b).sum().item()  # warm up
-    while time.perf_counter() < until:
+    best, until = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < until:
         start = time.perf_counter()
         a @ b
         runtime.synchronize()

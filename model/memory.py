@@ -42,9 +42,7 @@ def measure_peak(device: torch.device, held: Iterable[Tensor] = ()) -> Iterator[
         peak = PeakMemory(method="cpu-live-tensors")
         reset = _reset_process_peak()
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield peak
         changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         live = highest = 0

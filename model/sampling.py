@@ -49,9 +49,9 @@ def gumbel(seed: int, sample: Tensor, pos: Tensor, n: int) -> Tensor:
     key = _mix(_mix(torch.full_like(pos, seed & 0xFFFFFFFF) + 0x9E3779B9) + sample)
     key = _mix(key + _mix(pos + 0x85EBCA6B))  # (B,)
     column = torch.arange(n, device=pos.device)
-    bits = _mix(_mix(column + 1)[None] ^ key[:, None]) >> 8  # (B, n) 24 bits
-    uniform = (bits.float() + 0.5) / (1 << 24)
-    return -torch.log(-torch.log(uniform))
+    bits = _mix(_mix(column + 1)[None] ^ key[:, None]) >> 9  # (B, n) 23 bits: with the half, float32 holds them exactly
+    uniform = (bits.float() + 0.5) / (1 << 23)  # never 0 and never 1
+    return -torch.log(-torch.log1p(-uniform))  # the likeliest to win come from small numbers, which are finest
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from configs.program import exit_with_one_line
 from configs.run_dir import RunDir
 from model.checkpoint import write_json
 from model.device import resolve
+from model.errors import UserError
 from model.memory import measure_peak
 from model.sampling import Sampler, prefill, stream
 
@@ -35,11 +36,17 @@ class Options:
 
 def measure(options: Options) -> dict[str, Any]:
     """Tokens per second of prefill and decode at batch 1, bytes of the cache, and the peak memory of generating."""
+    for name in ("new_tokens", "rounds"):
+        least = 2 if name == "new_tokens" else 1
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be at least {least}")
     runtime = resolve(options.device)
     run = RunDir.of(options.run)
     model, tokenizer = run.load(run.path)
     model = model.to(runtime.device, runtime.dtype).eval()
     T = model.config.block_size
+    if model.wpe is not None:
+        T = max(1, T - options.new_tokens)  # learned positions end at block_size
     prompt = torch.full((1, T), tokenizer.eot, device=runtime.device)
     cache = model.new_cache(1, T + options.new_tokens)
     sampler = Sampler(n_vocab=tokenizer.n_vocab)

@@ -118,7 +118,7 @@ def new_figure(x: str, ys: list[str]):
 
 def report(paths: list[Path], out: Path) -> str:
     """Write report.md and the plots into `out`; return the table. UserError where runs cannot stand in one table."""
-    runs = [RunDir.of(path) for path in paths]
+    runs = [RunDir.of(path) for path in paths if path.is_dir() or not path.exists()]  # runs/demo/* has the plots too
     rows = [row(run) for run in runs]
     streams = {(run.summary() or {})["stream_hash"] for run in runs}
     if len(streams) > 1:
