@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-all lint bench
+.PHONY: demo test test-all lint
 demo: .venv/ready
 	$(PY) -m scripts.demo
 

@@ -72,12 +72,14 @@ def generate(options: Options) -> int:
     runtime = resolve(options.device, options.dtype, "off")
     model, tokenizer = load(options, runtime)
     prompt = read_prompt(options, tokenizer)
-    if model.wpe is not None and len(prompt) > model.config.block_size:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, more than the {model.config.block_size} of the learned positions "
-            "of this model (block_size): shorten it, or train with position = rope"
-        )
     length = len(prompt) + options.max_new_tokens
+    if model.wpe is not None and length - 1 > (limit := model.config.block_size):  # the last token made is not read
+        room = limit + 1 - len(prompt)
+        advice = f"take --max-new-tokens {room} at most" if room > 0 else "shorten the prompt"
+        raise UserError(
+            f"{len(prompt)} tokens of prompt and {options.max_new_tokens} new ones are more than the {limit} learned "
+            f"positions of this model (block_size): {advice}, or train with position = rope"
+        )
     cache = None if options.cache == "none" else model.new_cache(1, length, rolling=options.cache == "rolling")
     sampler = Sampler(
         temperature=options.temperature,

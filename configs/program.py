@@ -23,6 +23,9 @@ def exit_with_one_line(main: Callable[[], T]) -> T:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"{Path(sys.argv[0]).name}: {error.strerror}{where}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     raise SystemExit(2)
 
 

@@ -103,15 +103,22 @@ class RunDir:
                 checkpoint.remove(path)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint, verified; None before the first."""
-        return self.checkpoint("latest") if checkpoint.pointed(self.checkpoints, "latest") else None
+        """The newest checkpoint, verified; None before the first. UserError if it was there and is gone."""
+        return self.checkpoint("latest") if (self.checkpoints / "latest").exists() else None
 
     def checkpoint(self, which: str = "best") -> Checkpoint:
         """The best or the latest checkpoint, verified. UserError if there is none."""
         path = checkpoint.pointed(self.checkpoints, which)
-        if path is None:
-            raise UserError(f"{self.path} has no {which} checkpoint yet: train it first")
-        return checkpoint.read(path)
+        if path is not None:
+            return checkpoint.read(path)
+        if (pointer := self.checkpoints / which).exists():
+            raise UserError(
+                f"{pointer} points to {pointer.read_text().strip()!r}, which is gone: write the name of another "
+                f"checkpoint into it, or remove {self.path} to begin again"
+            )
+        latest = which == "best" and (self.checkpoints / "latest").exists()
+        what = "it was not evaluated before it stopped; take --checkpoint latest" if latest else "train it first"
+        raise UserError(f"{self.path} has no {which} checkpoint yet: {what}")
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json: the run is finished."""

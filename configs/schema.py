@@ -1,7 +1,7 @@
 """RunConfig: all that a run is, with every default; TOML files and the command line say only what differs."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,9 @@ class DataConfig(Section):
     """Which text, cut into which tokens."""
 
     text: str = Field(
-        "pydocs", description="a named text (pydocs, shakespeare, wikitext103, tinystories, fineweb-edu) or a path"
+        "pydocs",
+        min_length=1,
+        description="a named text (pydocs, shakespeare, wikitext103, tinystories, fineweb-edu) or a path",
     )
     tokenizer: str = Field(
         "bpe-4096", description="byte, char, gpt2, cl100k_base, o200k_base, or bpe-N learned from the text"
@@ -49,10 +51,15 @@ class OptimConfig(Section):
         return self
 
     @property
-    def peak_adamw_lr(self) -> float:
-        if self.adamw_lr is not None:
-            return self.adamw_lr
-        return 5e-3 if self.optimizer == "muon" else 1e-3
+    def numbers(self) -> dict[str, Any]:
+        """What `model.optim.make_optimizers` takes."""
+        adamw_lr = self.adamw_lr or (5e-3 if self.optimizer == "muon" else 1e-3)
+        return self.model_dump(include={"optimizer", "muon_lr", "betas", "weight_decay"}) | {"adamw_lr": adamw_lr}
+
+    @property
+    def schedule_numbers(self) -> dict[str, Any]:
+        """What `model.optim.lr_factor` takes beside the step."""
+        return self.model_dump(include={"schedule", "warmup_steps", "decay_fraction", "final_lr"})
 
 
 class TrainConfig(Section):

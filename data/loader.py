@@ -6,16 +6,22 @@ Legend: B rows, T block_size.
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.errors import UserError
+
+Item = TypeVar("Item")
+Placed = TypeVar("Placed")
 
 IGNORED = -100  # the target that cross-entropy leaves out
 _HASH_CHUNK = 1 << 20  # tokens
@@ -76,6 +82,12 @@ class TrainLoader:
         ids = torch.from_numpy(blocks.astype(np.int64))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
+    def batches(self, first: int, last: int, micro: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows of the steps from first up to last, `micro` of them at a time."""
+        for step in range(first, last):
+            for row in range(0, self.global_rows, micro):
+                yield self.rows(step, range(row, row + micro))
+
     def epoch(self, step: int) -> float:
         """Say how many times the split has been seen when a step begins."""
         return step * self.global_rows / self.blocks_per_epoch
@@ -95,6 +107,19 @@ class TrainLoader:
             self._orders = {kept: self._orders[kept] for kept in self._orders if abs(kept - epoch) == 1}
             self._orders[epoch] = (offset, order)
         return self._orders[epoch]
+
+
+def ahead(items: Iterator[Item], place: Callable[[Item], Placed], *, in_thread: bool) -> Generator[Placed, None, None]:
+    """Yield place(item) of each; in_thread, the next one is made while the caller works on this one."""
+    if not in_thread:
+        yield from map(place, items)
+        return
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        make = lambda: [place(item) for item in islice(items, 1)]
+        coming = thread.submit(make)
+        while made := coming.result():
+            coming = thread.submit(make)
+            yield made[0]
 
 
 def eval_batches(

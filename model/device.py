@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.errors import UserError
 
@@ -32,6 +32,12 @@ class Runtime:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def place(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Host tensors on the device; on CUDA out of pinned memory, so that the copy overlaps with work."""
+        if self.device.type == "cuda":
+            pair = pair[0].pin_memory(), pair[1].pin_memory()
+        return pair[0].to(self.device, non_blocking=True), pair[1].to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
         if self.device.type != "cpu":

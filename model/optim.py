@@ -77,12 +77,12 @@ def make_optimizers(
 
 
 def lr_factor(
-    step: int, *, max_steps: int, warmup_steps: int, schedule: Schedule, decay_fraction: float, final: float
+    step: int, *, max_steps: int, warmup_steps: int, schedule: Schedule, decay_fraction: float, final_lr: float
 ) -> float:
     """What step number `step` (from 0) multiplies the learning rate by.
 
-    Linear warm-up; then a cosine to `final` at the end; or a trapezoid (2405.18392), flat and in the last
-    `decay_fraction` of the steps linear to `final`; or constant.
+    Linear warm-up; then a cosine to `final_lr` at the end; or a trapezoid (2405.18392), flat and in the last
+    `decay_fraction` of the steps linear to `final_lr`; or constant.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -90,4 +90,4 @@ def lr_factor(
         return 1.0
     start = warmup_steps if schedule == "cosine" else max(warmup_steps, round(max_steps * (1 - decay_fraction)))
     done = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
-    return final + (1 - final) * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
+    return final_lr + (1 - final_lr) * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)

@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from data.loader import IGNORED, Tokens, TrainLoader, eval_batches, stream_hash
+from data.loader import IGNORED, Tokens, TrainLoader, ahead, eval_batches, stream_hash
 from model.errors import UserError
 
 
@@ -149,3 +150,25 @@ def test_a_file_cut_short_while_in_use_is_said(tmp_path):
 def test_ids_beyond_two_bytes_are_read_whole(tmp_path):
     tokens = tokens_of(tmp_path, 70_003, dtype="<u4")
     assert tokens.read(70_000, 3).tolist() == [70_000, 70_001, 70_002]
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_items_made_ahead_come_in_order_and_an_error_reaches_the_caller(in_thread):
+    assert list(ahead(iter(range(7)), str, in_thread=in_thread)) == [*"0123456"]
+    coming = ahead(iter([4, 2, 0, 1]), lambda x: 8 // x, in_thread=in_thread)
+    assert (next(coming), next(coming)) == (2, 4)
+    with pytest.raises(ZeroDivisionError):
+        next(coming)
+
+
+def test_ahead_makes_the_next_item_while_the_caller_works():
+    made = threading.Event()
+    coming = ahead(iter([False, True]), lambda last: made.set() if last else None, in_thread=True)
+    next(coming)
+    assert made.wait(timeout=10)
+
+
+def test_batches_are_the_rows_of_each_step_in_order(tmp_path):
+    loader = loader_of(tmp_path)
+    expected = [loader.rows(step, range(row, row + 2))[0].tolist() for step in (3, 4) for row in (0, 2, 4)]
+    assert [idx.tolist() for idx, _ in loader.batches(3, 5, 2)] == expected

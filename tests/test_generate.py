@@ -214,16 +214,17 @@ def test_a_text_may_be_longer_than_the_training_context(say):
 
 
 def test_learned_positions_end_at_the_training_context(say):
-    fits = say("learned", "--prompt", "x" * 6, "--max-new-tokens", 10, "--no-stop-at-end")
+    fits = say("learned", "--prompt", "x" * 6, "--max-new-tokens", 11, "--no-stop-at-end")
     assert fits.code == 0
     beyond = say("learned", "--prompt", "x" * 6, "--max-new-tokens", 12, "--no-stop-at-end")
-    beyond.assert_refused("generate.py: ", "tokens are more than the 16 of the learned positions", "position = rope")
+    beyond.assert_refused("generate.py: ", "more than the 16 learned positions", "take --max-new-tokens 11 at most")
+    assert beyond.out == ""
 
 
 @pytest.mark.parametrize("cache", ["rolling", "none"])
 def test_a_prompt_longer_than_the_learned_positions_is_refused(say, cache):
     ended = say("learned", "--prompt", "x" * 17, "--cache", cache)
-    ended.assert_refused("17 tokens", "more than the 16 of the learned positions of this model (block_size)")
+    ended.assert_refused("17 tokens of prompt", "more than the 16 learned positions", "shorten the prompt")
     assert ended.out == ""
 
 
@@ -385,7 +386,8 @@ def test_a_path_that_is_no_checkpoint_is_refused(say, path):
 
 def test_a_run_without_a_checkpoint_is_refused(program, tmp_path):
     save_run(tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "best").unlink()
+    for name in ("best", "latest"):
+        (tmp_path / "run" / "checkpoints" / name).unlink(missing_ok=True)
     ended = program(generate.main, tmp_path / "run")
     ended.assert_refused(f"{tmp_path / 'run'} has no best checkpoint yet: train it first")
 

@@ -349,3 +349,8 @@ def test_sections_have_a_description_for_every_field():
                 yield f"{schema.__name__}.{name}", field.description
 
     assert [name for name, description in fields(RunConfig) if not description] == []
+
+
+def test_an_empty_text_is_refused():
+    with pytest.raises(UserError, match=r"^data\.text \(''\): "):
+        load(None, {"data": {"text": ""}})

@@ -12,7 +12,7 @@ SCHEDULES = ("cosine", "trapezoid", "constant")
 
 
 def factors(
-    schedule: str, *, max_steps: int = 100, warmup_steps: int = 9, decay_fraction: float = 0.4, final: float = 0.1
+    schedule: str, *, max_steps: int = 100, warmup_steps: int = 9, decay_fraction: float = 0.4, final_lr: float = 0.1
 ) -> list[float]:
     """Of every step of a run."""
     return [
@@ -22,7 +22,7 @@ def factors(
             warmup_steps=warmup_steps,
             schedule=schedule,
             decay_fraction=decay_fraction,
-            final=final,
+            final_lr=final_lr,
         )
         for step in range(max_steps + 1)
     ]
@@ -43,18 +43,18 @@ def test_warm_up_ends_at_the_peak(schedule):
     assert factors(schedule)[9] == 1
 
 
-@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
-def test_cosine_falls_by_half_a_period_to_the_final_fraction(final):
-    after = factors("cosine", final=final)[9:]
-    expected = [final + (1 - final) * (1 + math.cos(math.pi * n / 91)) / 2 for n in range(92)]
+@pytest.mark.parametrize("final_lr", [0.0, 0.1, 1.0])
+def test_cosine_falls_by_half_a_period_to_the_final_fraction(final_lr):
+    after = factors("cosine", final_lr=final_lr)[9:]
+    expected = [final_lr + (1 - final_lr) * (1 + math.cos(math.pi * n / 91)) / 2 for n in range(92)]
     assert after == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
-def test_trapezoid_is_flat_and_then_falls_in_a_line(final):
-    found = factors("trapezoid", final=final)
+@pytest.mark.parametrize("final_lr", [0.0, 0.1, 1.0])
+def test_trapezoid_is_flat_and_then_falls_in_a_line(final_lr):
+    found = factors("trapezoid", final_lr=final_lr)
     assert found[9:61] == [1] * 52
-    assert found[60:] == pytest.approx([1 - (1 - final) * n / 40 for n in range(41)])
+    assert found[60:] == pytest.approx([1 - (1 - final_lr) * n / 40 for n in range(41)])
 
 
 def test_a_trapezoid_that_decays_from_the_start_begins_after_warm_up():
@@ -71,23 +71,25 @@ def test_constant_stays():
     max_steps=st.integers(1, 60),
     warmup_steps=st.integers(0, 70),
     decay_fraction=st.floats(0, 1, exclude_min=True),
-    final=st.floats(0, 1),
+    final_lr=st.floats(0, 1),
 )
-@example(schedule="cosine", max_steps=1, warmup_steps=0, decay_fraction=1e-9, final=0.0)
-@example(schedule="trapezoid", max_steps=5, warmup_steps=5, decay_fraction=1.0, final=0.0)
-def test_it_rises_once_falls_once_and_stays_between_its_ends(schedule, max_steps, warmup_steps, decay_fraction, final):
+@example(schedule="cosine", max_steps=1, warmup_steps=0, decay_fraction=1e-9, final_lr=0.0)
+@example(schedule="trapezoid", max_steps=5, warmup_steps=5, decay_fraction=1.0, final_lr=0.0)
+def test_it_rises_once_falls_once_and_stays_between_its_ends(
+    schedule, max_steps, warmup_steps, decay_fraction, final_lr
+):
     assume(schedule != "constant")
     found = factors(
-        schedule, max_steps=max_steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction, final=final
+        schedule, max_steps=max_steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction, final_lr=final_lr
     )
     rising, falling = found[: warmup_steps + 1], found[warmup_steps:]
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
     assert all(0 < x <= 1 for x in found[:max_steps])
-    assert all(x >= final - 1e-12 for x in falling)
+    assert all(x >= final_lr - 1e-12 for x in falling)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
 def test_beyond_the_end_it_stays_at_the_final_fraction(schedule):
-    beyond = lr_factor(1000, max_steps=100, warmup_steps=9, schedule=schedule, decay_fraction=0.4, final=0.1)
+    beyond = lr_factor(1000, max_steps=100, warmup_steps=9, schedule=schedule, decay_fraction=0.4, final_lr=0.1)
     assert beyond == pytest.approx(0.1)

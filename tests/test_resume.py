@@ -161,7 +161,7 @@ def test_a_run_goes_on_and_says_from_where(tmp_path, text, monkeypatch, capsys):
             train.run(config)
     steps: list[int] = []
     step = train.Trainer.step
-    monkeypatch.setattr(train.Trainer, "step", lambda self, done: (steps.append(done.step), step(self, done)))
+    monkeypatch.setattr(train.Trainer, "step", lambda self, x: (steps.append(self.progress.step), step(self, x)))
     train.run(config)
     assert "going on from step 10" in capsys.readouterr().out
     assert steps == [10, 11]
@@ -244,6 +244,15 @@ def test_a_signal_in_the_last_step_loses_nothing(tmp_path, text, whole, monkeypa
         train.run(config)
     train.run(config)
     assert_same(config.path, whole)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_signal_after_a_step_saves_that_step(tmp_path, text, monkeypatch):
+    write, lines = Metrics.write, iter(range(1, 1000))
+    late = lambda self, line: (write(self, line), next(lines) == 7 and os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(Metrics, "write", late)
+    assert train.run(run_config(tmp_path, text)).step == 7
+    assert RunDir(tmp_path / "run").latest().step == 7
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -242,7 +242,15 @@ def test_without_a_best_there_is_a_latest(begun):
     assert begun.latest().step == 10
     with pytest.raises(UserError) as error:
         begun.checkpoint("best")
-    assert str(error.value) == f"{begun.path} has no best checkpoint yet: train it first"
+    what = "it was not evaluated before it stopped; take --checkpoint latest"
+    assert str(error.value) == f"{begun.path} has no best checkpoint yet: {what}"
+
+
+def test_a_latest_that_is_gone_is_said_and_not_begun_anew(begun):
+    save_steps(begun, {10: True})
+    checkpoint.remove(begun.path / "checkpoints" / "step_00000010")
+    with pytest.raises(UserError, match=r"latest points to 'step_00000010', which is gone: write the name of another"):
+        begun.latest()
 
 
 def test_a_failed_removal_of_old_ones_leaves_no_damaged_checkpoint_in_use(begun, monkeypatch):

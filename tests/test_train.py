@@ -139,7 +139,7 @@ def test_a_line_has_the_mean_loss_of_the_steps_since_the_last(trained):
     each = losses(trained("each", train={"log_every": 1}))
     spans = losses(trained("spans", train={"log_every": 4, "eval_every": 5}))
     ends = pairwise([0, 4, 5, 8, 10, 12])
-    assert spans == pytest.approx([sum(each[a:b]) / (b - a) for a, b in ends], rel=1e-12)
+    assert spans == pytest.approx([sum(each[a:b]) / (b - a) for a, b in ends], rel=1e-6)  # sums in float32
 
 
 @pytest.mark.parametrize("optim", [{"optimizer": "adamw", "adamw_lr": 0.01}, {"muon_lr": 0.01}], ids=["adamw", "muon"])
@@ -151,7 +151,8 @@ def test_the_learning_rate_follows_its_schedule(trained, monkeypatch, optim):
     shape = {"schedule": "cosine", "warmup_steps": 3, "final_lr": 0.1}
     lines = trained(optim=optim | shape).metrics()
     factors = [
-        lr_factor(n, max_steps=12, warmup_steps=3, schedule="cosine", decay_fraction=0.4, final=0.1) for n in range(12)
+        lr_factor(n, max_steps=12, warmup_steps=3, schedule="cosine", decay_fraction=0.4, final_lr=0.1)
+        for n in range(12)
     ]
     assert [line["lr"] for line in lines] == pytest.approx([0.01 * x for x in factors])
     for rates_of_group in zip(*used, strict=True):
@@ -295,7 +296,7 @@ def test_a_loss_that_is_no_number_stops_before_the_optimizer_step(tmp_path, text
     assert ended.code == 1
     assert ended.err.count("\n") == 1
     assert ended.err.startswith("train.py: step 7: the loss is ")
-    assert "stopped before the optimizer step" in ended.err
+    assert "nothing of it was saved" in ended.err
     assert len(steps) == 6
     run = RunDir(tmp_path / "run")
     assert run.latest().step == 5
@@ -568,3 +569,12 @@ def test_an_error_of_the_user_is_a_valueerror_that_programs_can_catch(tmp_path, 
     with pytest.raises(UserError) as error:
         train.run(run_config(tmp_path, text, device="gpu"))
     assert isinstance(error.value, ValueError)
+
+
+def test_an_interrupted_preparation_is_one_line(tmp_path, text, program, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare", interrupted)
+    ended = program(train.main, *command_line(tmp_path, text), name="train.py")
+    assert (ended.code, ended.err) == (130, "train.py: interrupted\n")
