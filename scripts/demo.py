@@ -17,7 +17,7 @@ VARIANTS = {
     "gqa": ["--model.n_kv_head", "2"],
     "gqa-swa": ["--model.n_kv_head", "2", "--model.pattern", "5:1", "--model.window", "64"],
 }
-PROMPT = "The function returns"
+SAMPLE = ("--prompt", "Return the", "--max-new-tokens", "150", "--temperature", "0.7", "--top-p", "0.9")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def demo(options: Options) -> None:
     table = report(runs, options.out)
     for run in runs:
         print(f"\n--- {run.name} ---", flush=True)
-        _python("generate.py", str(run), "--prompt", PROMPT, "--max-new-tokens", "150", "--temperature", "0.6")
+        _python("generate.py", str(run), *SAMPLE)
     print(f"\n{table}\n\n{options.out}/report.md, loss.png, cache.png; in {time.perf_counter() - start:.0f} s")
 
 

@@ -28,7 +28,7 @@ class Options:
     """A run's directory."""
     new_tokens: int = 128
     """Tokens to decode in each round."""
-    rounds: int = 5
+    rounds: int = 3
     """Rounds, of which the median counts."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
