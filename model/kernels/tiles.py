@@ -43,12 +43,13 @@ def tiles_backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5
     for dq_, grad_, q_, dk_, dv_, k_, v_ in tiling.parts([dq, grad, q], [dk, dv, k, v]):
-        sum_k, sum_v = _KeySums(dk_), _KeySums(dv_)
+        sum_k, sum_v = _KeySums(dk_, tiling), _KeySums(dv_, tiling)
         for tile in tiling:
             p = tiling.probabilities(tile, q_, k_)  # (N, R b, S + L)
             dout = tile.queries(grad_)  # (N, R b, D)
             sum_v.add(tile, torch.bmm(p.transpose(1, 2), dout))
-            ds = torch._softmax_backward_data(torch.bmm(dout, tile.keys(v_).transpose(1, 2)), p, -1, p.dtype)
+            ds = _softmax_backward(torch.bmm(dout, tile.keys(v_).transpose(1, 2)), p)
+            del p
             ds *= scale
             tile.set_queries(dq_, torch.bmm(ds, tile.keys(k_)))
             sum_k.add(tile, torch.bmm(ds.transpose(1, 2), tile.queries(q_)))
@@ -82,33 +83,40 @@ class _Tile:
 
 
 class _KeySums:
-    """Sums over tiles in float32, of which no more is kept than later tiles still add to."""
+    """Sums over tiles in float32: of a half type, no more of them is kept than later tiles still add to."""
 
-    def __init__(self, out: Tensor):
+    def __init__(self, out: Tensor, tiling: "_Tiling"):
         self.out = out  # (B, K, T, D)
-        self.low = 0
-        self.open: Tensor | None = None  # (B, K, L, D) sums of the keys from low on
-        self.sinks: Tensor | None = None  # (B, K, S, D)
+        self.tiling = tiling
+        self.dtype = torch.promote_types(out.dtype, torch.float32)
+        self.open = out.new_empty((), dtype=self.dtype)  # (B, K, L, D) sums of the keys that end at `stop`
+        self.stop = 0
+        self.sinks = out.new_zeros(*out.shape[:2], min(tiling.n_sink, tiling.T), out.shape[3], dtype=self.dtype)
 
     def add(self, tile: _Tile, x: Tensor) -> None:
         """x (N, S + L, D) to the keys of the tile."""
-        x = x.view(*self.out.shape[:2], *x.shape[1:]).to(torch.promote_types(x.dtype, torch.float32))
-        sinks, band = x[:, :, : tile.n_sink], x[:, :, tile.n_sink :]
+        band = x.view(*self.out.shape[:2], *x.shape[1:])
         if tile.n_sink:
-            n = 0 if self.sinks is None else self.sinks.shape[2]
-            sinks[:, :, :n] += 0 if self.sinks is None else self.sinks
-            self.sinks = sinks
-        if self.open is not None:
-            done = tile.low - self.low  # keys that no tile reaches any more
-            self.out[:, :, self.low : tile.low] = self.open[:, :, :done]
-            band[:, :, : self.open.shape[2] - done] += self.open[:, :, done:]
-        self.low, self.open = tile.low, band
+            self.sinks[:, :, : tile.n_sink] += band[:, :, : tile.n_sink]
+            band = band[:, :, tile.n_sink :]
+        n_old = self.stop - tile.low  # keys that earlier tiles have added to
+        if self.out.dtype == self.dtype:
+            self.out[:, :, tile.low : self.stop] += band[:, :, :n_old]
+            self.out[:, :, self.stop : tile.stop] = band[:, :, n_old:]
+        else:
+            band = band.to(self.dtype)
+            if n_old:
+                band[:, :, :n_old] += self.open[:, :, -n_old:]
+            del self.open  # before the next one is made
+            n_done = max(0, tile.stop - self.tiling.window + 1) - tile.low  # no later tile reaches them
+            n_done = band.shape[2] if tile.stop == self.tiling.T else n_done
+            self.out[:, :, tile.low : tile.low + n_done] = band[:, :, :n_done]
+            self.open = band[:, :, n_done:].clone()
+        self.stop = tile.stop
 
     def finish(self) -> None:
-        assert self.open is not None
-        self.out[:, :, self.low :] = self.open
-        if self.sinks is not None:
-            self.out[:, :, : self.sinks.shape[2]] += self.sinks
+        """Add what the sinks received beside the band."""
+        self.out[:, :, : self.sinks.shape[2]] += self.sinks
 
 
 @dataclass(slots=True)
@@ -166,10 +174,17 @@ class _Tiling:
         return self._masks[key]
 
 
+def _softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
+    """The gradient of the scores, of that of the probabilities p."""
+    if grad.device.type == "cpu":  # which reads a row before it writes it: the tile can be overwritten
+        return torch.ops.aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=grad)
+    return torch._softmax_backward_data(grad, p, -1, p.dtype)
+
+
 def block_size(window: int, dtype: torch.dtype) -> int:
-    """The block that measured fastest: wider ones waste pairs, narrower ones waste matrix units."""
+    """What measured fastest among those that need no more memory than fused full attention: wide ones waste pairs."""
     if dtype in (torch.bfloat16, torch.float16):
-        return 128 if window < 1024 else 256
+        return 96 if window < 1024 else 256
     return 64
 
 
@@ -180,7 +195,9 @@ def work_bytes(q: Tensor, k: Tensor, window: int, n_sink: int, block: int, *, ba
     rows, heads = tiling.part(B, K, H // K, q.element_size())
     scores = rows * heads * (H // K) * min(T, block) * tiling.keys_of_tile * q.element_size()
     sums = rows * heads * tiling.keys_of_tile * D * max(4, q.element_size())
-    return 2 * scores + 4 * sums if backward else 2 * scores
+    if not backward:
+        return 2 * scores
+    return 2 * scores + sums * (4 if q.element_size() < 4 else 2)
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
