@@ -14,7 +14,7 @@ from model.device import DType, Runtime, resolve
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 from model.step import Step
-from scripts.bench.timing import exponent, ratio, save, take_turns
+from scripts.bench.timing import exponent, ratio, refuse_unfused, save, take_turns
 from scripts.report import new_figure
 
 
@@ -87,6 +87,7 @@ def measure(options: Options, T: int, runtime: Runtime) -> list[dict[str, Any]]:
     for name, spec in specs.items():
         candidates[name] = windowed(options, T, runtime, spec, contiguous=True)
         kernels[name] = kernel_name(spec, T, runtime.device, runtime.dtype)
+        refuse_unfused(kernels[name], name)
     if options.mask_up_to >= T:
         candidates["window as a mask"] = windowed(options, T, runtime, specs["window"], contiguous=False)
         kernels["window as a mask"] = "masked"

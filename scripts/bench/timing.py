@@ -12,6 +12,15 @@ import numpy as np
 from tqdm import tqdm
 
 from model.device import Runtime
+from model.errors import UserError
+
+
+def refuse_unfused(kernel: str, what: str) -> None:
+    """UserError where what should be a window's cost would be that of a mask over everything."""
+    if "masked" in kernel:
+        raise UserError(
+            f"{what} ran as a mask ({kernel}): its figures would say nothing of a window; take kernel = auto"
+        )
 
 
 def take_turns(

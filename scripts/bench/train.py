@@ -18,7 +18,7 @@ from model.gpt import GPT
 from model.memory import measure_peak, training_tensors
 from model.optim import Optimizers
 from scripts.bench.peers import transformers_twin
-from scripts.bench.timing import ratio, save, take_turns
+from scripts.bench.timing import ratio, refuse_unfused, save, take_turns
 from scripts.memory import with_known_vocabulary
 
 Peer = Literal["transformers", "plain", "full"]
@@ -119,7 +119,9 @@ def ours(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
         with runtime.autocast():
             return model(idx, idx)
 
-    return Candidate(config, model, loss, model.kernel_names(config.block_size, runtime.dtype))
+    kernel = model.kernel_names(config.block_size, runtime.dtype)
+    refuse_unfused(kernel, "the network")
+    return Candidate(config, model, loss, kernel)
 
 
 def full(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:

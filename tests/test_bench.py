@@ -1,0 +1,141 @@
+"""The benchmarks: their arithmetic, their peers' shapes, and that they refuse to call a mask a window."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from model import cost
+from model.errors import UserError
+from model.gpt import GPT
+from scripts.bench import attention, loss, timing, train
+from scripts.bench.peers import transformers_twin
+
+TOML = """
+[model]
+vocab_size = 64
+block_size = 24
+n_layer = 2
+n_head = 2
+n_embd = 16
+pattern = "1:1"
+window = 5
+[data]
+tokenizer = "byte"
+[train]
+global_batch_tokens = 24
+"""
+
+
+def test_the_exponent_of_a_power_is_found():
+    lengths = [16, 64, 512]
+    assert timing.exponent(lengths, [3 * n**1.25 for n in lengths]) == pytest.approx(1.25)
+
+
+def test_a_ratio_is_the_median_of_the_rounds_and_not_of_the_sums():
+    assert timing.ratio([2, 30, 8], [1, 10, 2]) == 3
+
+
+def test_a_mask_is_not_measured_as_a_window():
+    with pytest.raises(UserError, match=r"^window ran as a mask \(masked\)"):
+        timing.refuse_unfused("masked", "window")
+
+
+def test_attention_names_the_kernel_of_every_figure(tmp_path, capsys):
+    file, picture = tmp_path / "figures.json", tmp_path / "figures.png"
+    attention.attention(
+        attention.Options(
+            lengths=(48, 96),
+            window=8,
+            n_head=4,
+            head_dim=8,
+            dtype="float32",
+            device="cpu",
+            rounds=1,
+            json=file,
+            plot=picture,
+        )
+    )
+    rows = json.loads(file.read_text())["rows"]
+    kernels = {row["attention"]: row["kernel"] for row in rows}
+    assert kernels == {
+        "full": "sdpa-causal",
+        "window": "tiles",
+        "window gqa sinks": "tiles",
+        "window as a mask": "masked",
+    }
+    assert [row["T"] for row in rows] == [48] * 4 + [96] * 4
+    assert all(row["peak_bytes"] > 0 and row["peak_method"] == "cpu-live-tensors" for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "exponent of time in T: full" in capsys.readouterr().out
+
+
+def test_training_is_measured_beside_its_peers(tmp_path, capsys):
+    (tmp_path / "tiny.toml").write_text(TOML)
+    file = tmp_path / "figures.json"
+    peers = ("plain", "full")
+    train.train(
+        train.Options(config=tmp_path / "tiny.toml", peer=peers, dtype="float32", device="cpu", rounds=1, json=file)
+    )
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["sash", *peers]
+    assert rows["sash"]["kernel"] == "swa tiles, full sdpa-causal"
+    assert rows["plain"]["kernel"] == "swa masked, full masked, float32"
+    assert rows["full"]["kernel"] == "full sdpa-causal"
+    assert rows["sash"]["sash_times_faster"] == 1
+    assert "MFU" in capsys.readouterr().out
+
+
+def test_a_network_that_would_run_as_a_mask_is_refused(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TOML.replace("window = 5", 'window = 5\nkernel = "masked"'))
+    with pytest.raises(UserError, match="the network ran as a mask"):
+        train.train(train.Options(config=tmp_path / "tiny.toml", dtype="float32", device="cpu", rounds=1))
+
+
+GPT2 = {
+    "n_embd": 48,
+    "head_dim": None,
+    "position": "learned",
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "bias": True,
+    "qk_norm": False,
+    "n_kv_head": None,
+}
+FAMILIES = {
+    "GPT2LMHeadModel": GPT2 | {"pattern": "full"},
+    "LlamaForCausalLM": {"qk_norm": False, "pattern": "full"},
+    "MistralForCausalLM": {"qk_norm": False, "pattern": "swa"},
+    "Qwen3ForCausalLM": {"qk_norm": True, "pattern": "2:1"},
+}
+
+
+@pytest.mark.parametrize(("family", "shape"), FAMILIES.items())
+def test_a_peer_has_our_shape_to_the_parameter(family, shape):
+    config = tiny_config(**{"window": 5, "norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "bias": False} | shape)
+    twin = transformers_twin(config)
+    assert type(twin).__name__ == family
+    assert sum(p.numel() for p in twin.parameters()) == cost.n_params(config)
+
+
+def test_a_shape_that_no_peer_has_is_refused():
+    with pytest.raises(UserError, match="no model with this mixture"):
+        transformers_twin(tiny_config(mlp="relu2"))
+
+
+def test_the_plain_peer_has_the_loss_of_ours():
+    config = tiny_config()
+    idx = torch.arange(6)[None] % config.vocab
+    model = GPT(config)
+    ours, plain = model(idx, idx), torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_the_loss_is_measured_beside_the_ways_that_hold_all_logits(tmp_path):
+    file = tmp_path / "figures.json"
+    shape = {"batch_size": 2, "block_size": 12, "n_embd": 8, "vocab_size": 40}
+    loss.loss(loss.Options(**shape, dtype="float32", device="cpu", rounds=1, json=file))
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert {"sash", "plain"} <= set(rows)
+    assert rows["plain"]["peak_bytes"] > 24 * 40 * 4  # all logits
