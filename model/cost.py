@@ -3,6 +3,7 @@
 import torch
 
 from model.config import ModelConfig
+from model.layers import GATED
 
 
 def n_params(config: ModelConfig) -> int:
@@ -12,7 +13,8 @@ def n_params(config: ModelConfig) -> int:
     embeddings = config.vocab * C * (1 if config.tie_embeddings else 2)
     positions = config.block_size * C if config.position == "learned" else 0
     mixers = sum(spec.n_params for spec in config.layers)
-    return embeddings + positions + mixers + config.n_layer * (_mlp_params(config) + 2 * norm) + norm
+    norms = 1 + config.n_layer * (4 if config.norm_place == "sandwich" else 2)
+    return embeddings + positions + mixers + config.n_layer * _mlp_params(config) + norms * norm
 
 
 def train_flops(config: ModelConfig, T: int) -> int:
@@ -33,9 +35,9 @@ def cache_bytes(
 
 
 def _mlp_params(config: ModelConfig) -> int:
-    matrices = 3 if config.mlp == "swiglu" else 2
+    matrices = 3 if config.mlp in GATED else 2
     return matrices * config.n_embd * config.mlp_hidden + _mlp_biases(config)
 
 
 def _mlp_biases(config: ModelConfig) -> int:
-    return config.bias * ((2 if config.mlp == "swiglu" else 1) * config.mlp_hidden + config.n_embd)
+    return config.bias * ((2 if config.mlp in GATED else 1) * config.mlp_hidden + config.n_embd)

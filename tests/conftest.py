@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.load import load
@@ -44,6 +45,50 @@ SMALL = {
     "n_embd": 20,
     "mlp_width": 28,
 }
+
+
+DESIGNS = st.fixed_dictionaries(  # what may stand beside anything else
+    {
+        "n_layer": st.integers(1, 3),
+        "n_kv_head": st.sampled_from([None, 1, 2, 3, 6]),
+        "pattern": st.sampled_from(["full", "swa", "2:1", "full swa"]),
+        "window": st.one_of(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
+        "n_sink": st.integers(0, 5),
+        "attn_scale": st.sampled_from([None, 0.2]),
+        "attn_softcap": st.sampled_from([None, 1.5]),
+        "logit_softcap": st.sampled_from([None, 2.0]),
+        "sink_logit": st.booleans(),
+        "attn_gate": st.sampled_from(["none", "head", "channel"]),
+        "norm": st.sampled_from(["rmsnorm", "rmsnorm+1", "layernorm"]),
+        "norm_place": st.sampled_from(["pre", "post", "sandwich"]),
+        "mlp": st.sampled_from(["swiglu", "geglu", "gelu", "gelu-tanh", "relu2"]),
+        "tie_embeddings": st.booleans(),
+        "scale_embeddings": st.booleans(),
+    }
+)
+POSITIONS = st.sampled_from(  # of which one excludes another's numbers
+    [
+        {"position": "rope"},
+        {"position": "rope", "rope_fraction": 0.5},
+        {"position": "rope", "rope_scaling": "linear", "rope_factor": 4.0},
+        {"position": "rope", "rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 40, "rope_whole_ramp": True},
+        {
+            "position": {"swa": "rope", "full": "none"},
+            "rope_scaling": {"swa": "yarn", "full": "none"},
+            "rope_factor": {"swa": 2.0, "full": 1.0},
+            "rope_trained": 40,
+        },
+        {"position": {"swa": "alibi", "full": "rope"}, "rope_base": {"swa": 1.0, "full": 1e6}},
+        {"position": "alibi"},
+        {"position": "none"},
+        {"position": "learned", "block_size": 26},
+    ]
+)
+QK_NORMS = st.sampled_from([{"qk_norm": False}, {}, {"qk_norm_over": "projection"}])
+BIASES = st.sampled_from([{}, {"bias": True}, {"attn_bias": "qkv"}, {"attn_bias": "all"}])
+designs = st.builds(
+    lambda *parts: {k: v for part in parts for k, v in part.items()}, DESIGNS, POSITIONS, QK_NORMS, BIASES
+)
 
 
 def tiny_config(**overrides) -> ModelConfig:

@@ -158,7 +158,10 @@ def test_chosen_micro_batches_divide_the_batch_and_are_small(rows, block_size):
         ("[model]\nwindow = 0", "model.window (0): input should be greater than or equal to 1"),
         ("[model]\nwindow = -3", "model.window (-3): input should be greater than or equal to 1"),
         ('[model]\nqk_norm = "perhaps"', "model.qk_norm ('perhaps'): input should be a valid boolean"),
-        ('[model]\nposition = "ropee"', "model.position ('ropee'): input should be 'rope', 'learned' or 'none'"),
+        (
+            '[model]\nposition = "ropee"',
+            "model.position ('ropee'): input should be 'rope', 'learned', 'alibi' or 'none'",
+        ),
         ('[model]\nrope_base = "x"', "model.rope_base ('x'): input should be a valid number"),
         ('[optim]\nschedule = "cosin"', "optim.schedule ('cosin'): input should be 'cosine', 'trapezoid' or 'const"),
         ("[optim]\nweight_decay = nan", "optim.weight_decay (nan): input should be a finite number"),

@@ -1,8 +1,8 @@
 """The table of mixers: a word of the pattern and the module that it builds.
 
-A mixer is a module with `spec_from(config, kind)`, which says all its numbers in a frozen record; `Mixer(spec)`;
+A mixer is a module with `spec_from(config, kind, nth)`, which says all its numbers in a frozen record; `Mixer(spec)`;
 `forward(x, step, cache=None)`, (B, T, C) -> (B, T, C); and `new_cache(batch_size, max_length, device, dtype, rolling)`,
-its own state object (`model.cache.LayerState`). The record counts: `n_params`, `forward_flops`, `cache_bytes`.
+its own state object (`model.cache.LayerState`). The record counts: `model.mixers.contract.MixerSpec`.
 """
 
 from model.mixers.attention import Attention
