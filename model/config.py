@@ -112,6 +112,9 @@ class ModelConfig(Section):
         "auto", description="of attention without a cache: sdpa, tiles, flex, masked; auto: the fastest"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and on what each sublayer adds")
+    without: str | None = Field(
+        None, description="what of a published design is left out here: then no parameters and FLOPs are stated"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

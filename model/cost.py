@@ -3,11 +3,13 @@
 import torch
 
 from model.config import ModelConfig
+from model.errors import UserError
 from model.layers import GATED
 
 
 def n_params(config: ModelConfig) -> int:
-    """Parameters of the whole network; tied embeddings count once."""
+    """Parameters of the whole network; tied embeddings count once. UserError where some of them are left out."""
+    _check_whole(config, "parameters")
     C = config.n_embd
     norm = C * (2 if config.norm == "layernorm" and config.bias else 1)
     embeddings = config.vocab * C * (1 if config.tie_embeddings else 2)
@@ -20,8 +22,10 @@ def n_params(config: ModelConfig) -> int:
 def train_flops(config: ModelConfig, T: int) -> int:
     """Forward and backward of one sequence of T tokens, windows counted: what MFU divides by.
 
-    A multiply-add is two; the backward pass is twice the forward; recomputation is not counted.
+    A multiply-add is two; the backward pass is twice the forward; recomputation is not counted. UserError where some of
+    the work is left out.
     """
+    _check_whole(config, "FLOPs")
     mixers = sum(spec.forward_flops(T) for spec in config.layers)
     mlp_weights = _mlp_params(config) - _mlp_biases(config)
     return 3 * (mixers + 2 * T * (config.n_layer * mlp_weights + config.vocab * config.n_embd))
@@ -32,6 +36,14 @@ def cache_bytes(
 ) -> int:
     """Keys, values and states of all layers: what GPT.new_cache allocates, to the byte."""
     return batch_size * sum(spec.cache_bytes(max_length, dtype.itemsize) for spec in config.layers)
+
+
+def _check_whole(config: ModelConfig, what: str) -> None:
+    if config.without is not None:
+        raise UserError(
+            f"{what} are not stated for a design without {config.without} (model.without); "
+            "--model.without none counts what is there"
+        )
 
 
 def _mlp_params(config: ModelConfig) -> int:
