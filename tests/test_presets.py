@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.cost import cache_bytes, n_params, train_flops
 from model.errors import UserError
 from scripts import memory
+from scripts.convert import __main__ as convert
 
 PRESETS = ROOT / "configs" / "presets"
 FAMILIES = sorted(path.stem for path in PRESETS.glob("*.toml") if not path.stem.endswith("-tiny"))
@@ -114,4 +115,6 @@ def test_tiny_sibling_trains_resumes_and_generates_past_its_window(name, tmp_pat
     assert runs[1].summary["val_loss"] < 5.5  # from the logarithm of 257 and above
     ended = program(generate.main, runs[1].path, "--prompt", "The cat sees", "--max-new-tokens", 40, "--check")
     assert (ended.code, "within" in ended.err) == (0, True), ended.err
+    exported = program(convert.main, "export", runs[1].path, "--to", tmp_path / "exported")
+    assert exported.code == (2 if name == "gpt-oss" else 0), exported.err
     assert not model["window"] or 3 * model["window"] < 12 + 40
