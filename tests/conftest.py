@@ -49,9 +49,9 @@ SMALL = {
 
 DESIGNS = st.fixed_dictionaries(  # what may stand beside anything else
     {
-        "n_layer": st.integers(1, 3),
+        "n_layer": st.integers(1, 4),
         "n_kv_head": st.sampled_from([None, 1, 2, 3, 6]),
-        "pattern": st.sampled_from(["full", "swa", "2:1", "full swa"]),
+        "pattern": st.sampled_from(["full", "swa", "2:1", "full swa", "linear", "linear*2 swa full"]),
         "window": st.one_of(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
         "n_sink": st.integers(0, 5),
         "attn_scale": st.sampled_from([None, 0.2]),
@@ -73,12 +73,12 @@ POSITIONS = st.sampled_from(  # of which one excludes another's numbers
         {"position": "rope", "rope_scaling": "linear", "rope_factor": 4.0},
         {"position": "rope", "rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 40, "rope_whole_ramp": True},
         {
-            "position": {"swa": "rope", "full": "none"},
-            "rope_scaling": {"swa": "yarn", "full": "none"},
-            "rope_factor": {"swa": 2.0, "full": 1.0},
+            "position": {"swa": "rope", "full": "none", "linear": "none"},
+            "rope_scaling": {"swa": "yarn", "full": "none", "linear": "none"},
+            "rope_factor": {"swa": 2.0, "full": 1.0, "linear": 1.0},
             "rope_trained": 40,
         },
-        {"position": {"swa": "alibi", "full": "rope"}, "rope_base": {"swa": 1.0, "full": 1e6}},
+        {"position": {"swa": "alibi", "full": "rope", "linear": "none"}},
         {"position": "alibi"},
         {"position": "none"},
         {"position": "learned", "block_size": 26},

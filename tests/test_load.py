@@ -198,12 +198,15 @@ def test_a_switch_is_no_number(tmp_path):
         ({"n_embd": 18, "n_head": 2}, "RoPE rotates pairs: head_dim (9) must be even"),
         ({"head_dim": 7}, "RoPE rotates pairs: head_dim (7) must be even"),
         ({"pattern": "swa"}, "pattern ('swa') has swa layers: give window, the number of keys a query sees"),
-        ({"pattern": "swa ful", "window": 2}, "'ful' is no layer; words are full, swa, as \"swa*5 full\"; did you me"),
+        (
+            {"pattern": "swa ful", "window": 2},
+            "'ful' is no layer; words are full, swa, linear, as \"swa*5 full\"; did you me",
+        ),
         ({"pattern": "5:"}, "pattern ('5:'): a ratio is \"a:b\""),
         ({"pattern": "0:0"}, "pattern ('0:0'): a ratio is \"a:b\""),
         ({"pattern": ""}, "pattern ('') is empty"),
         ({"position": {"swa": "rope"}}, "position says nothing of full layers, which pattern ('full') has"),
-        ({"rope_base": {"sliding": 1.0}}, "rope_base.sliding is no kind of layer; the kinds are full, swa"),
+        ({"rope_base": {"sliding": 1.0}}, "rope_base.sliding is no kind of layer; the kinds are full, swa, linear"),
         ({"rope_base": -1.0}, "rope_base (-1.0) must be above 0"),
     ],
 )

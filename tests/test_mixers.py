@@ -44,6 +44,7 @@ def cases(patterns: Iterable[str], windows: Iterable[int], heads: Iterable[int],
 ALONE = cases(MIXERS, WINDOWS, (6, 2, 1))
 TOGETHER = cases(("swa full", "full swa*2"), (W,), (2,), n_layer=3, rope_base=BASES)
 TOGETHER |= cases(("2:1",), (W,), (2,), n_layer=3, position=ROTATED)
+TOGETHER |= cases(("linear*2 swa full",), (W,), (2,), n_layer=4)
 each_mixer = pytest.mark.parametrize("config", (ALONE | TOGETHER).values())
 some_mixers = pytest.mark.parametrize("config", (cases(MIXERS, (W, 1), (2,), n_layer=3) | TOGETHER).values())
 

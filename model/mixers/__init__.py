@@ -1,4 +1,4 @@
-"""The table of mixers: a word of the pattern and the module that it builds.
+"""The table of mixers: a word of the pattern and the module that it builds. docs/add-a-mixer.md adds one.
 
 A mixer is a module with `spec_from(config, kind, nth)`, which says all its numbers in a frozen record; `Mixer(spec)`;
 `forward(x, step, cache=None)`, (B, T, C) -> (B, T, C); and `new_cache(batch_size, max_length, device, dtype, rolling)`,
@@ -6,5 +6,6 @@ its own state object (`model.cache.LayerState`). The record counts: `model.mixer
 """
 
 from model.mixers.attention import Attention
+from model.mixers.linear import LinearAttention
 
-MIXERS = {"full": Attention, "swa": Attention}
+MIXERS: dict[str, type[Attention | LinearAttention]] = {"full": Attention, "swa": Attention, "linear": LinearAttention}
