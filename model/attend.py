@@ -9,7 +9,8 @@
 | tiles                | windows, sinks, fewer KV heads, any device; work in proportion to the window;|
 |                      | and what shapes the scores: soft-caps, ALiBi, learned sinks                  |
 | flex                 | windows and sinks on CUDA, fused                                             |
-| masked               | any positions: chunks over a cache, padding; a mask of bounded size          |
+| masked               | any positions: chunks over a cache, padding; any pattern; a mask of bounded  |
+|                      | size, and no work saved                                                      |
 | masked-scores        | the same for shaped scores, which then exist, in pieces of bounded size      |
 
 Dimensions: B batch, H query heads, K KV heads, Tq and Tk queries and keys, D head_dim.
@@ -53,6 +54,10 @@ def kernel_name(
         return masked
     slides = spec.window is not None and spec.window < T
     asked = spec.kernel
+    if spec.sparse is not None:
+        if asked not in ("auto", "masked"):
+            raise UserError(f"kernel ({asked}) knows no {spec.sparse.rule} pattern: take masked or auto")
+        return masked
     if asked in ("sdpa", "flex") and shaped:
         raise UserError(f"kernel ({asked}) knows no {shaped[0]}: take tiles, masked or auto")
     if asked == "sdpa" and slides:

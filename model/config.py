@@ -14,6 +14,7 @@ from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
 from model.mixers.contract import MixerSpec
 from model.positions import Rope, Scaling
+from model.sparse import Sparse
 
 Position = Literal["rope", "learned", "alibi", "none"]
 BY_KIND = ("position", "rope_base", "rope_fraction", "rope_scaling", "rope_factor")
@@ -60,6 +61,22 @@ class ModelConfig(Section):
         None, ge=1, description="window of every layer, full ones too: how a trained model is decoded through a window"
     )
     n_sink: int = Field(0, ge=0, description="first tokens that stay visible in sliding layers whatever the window")
+
+    global_tokens: tuple[int, ...] = Field(
+        (), description="positions that swa layers see from everywhere, and that see all"
+    )
+    n_random: int = Field(
+        0, ge=0, lt=64, description="past blocks, each a window long, drawn for each block of queries of swa layers"
+    )
+    sparse_block: int | None = Field(
+        None, ge=1, description="stride of strided and fixed layers, tokens of a block of star layers"
+    )
+    n_summary: int | None = Field(
+        None, ge=1, description="last columns of each block that all later queries of fixed layers see"
+    )
+    star_context: int | None = Field(
+        None, ge=0, description="tokens of the context of star layers: queries behind it see all"
+    )
 
     position: Position | dict[str, Position] = Field(
         "rope", description="how positions enter: rope, learned (whole model), alibi, none; or a table by kind of layer"
@@ -136,6 +153,7 @@ class ModelConfig(Section):
                     )
         if isinstance(self.position, dict) and "learned" in self.position.values():
             raise ValueError("position = learned is one table for the whole model, it cannot be given by kind of layer")
+        self._check_sparse(kinds)
         for kind in kinds:
             self._check_rope(kind)
         if not self.qk_norm and self.qk_norm_over != "head":
@@ -149,6 +167,23 @@ class ModelConfig(Section):
         if "swa" in kinds and self.window is None:
             raise ValueError(f"pattern ({self.pattern!r}) has swa layers: give window, the number of keys a query sees")
         return self
+
+    def _check_sparse(self, kinds: set[str]) -> None:
+        """What the sparse kinds of layers need is there."""
+        if min(self.global_tokens, default=0) < 0:
+            raise ValueError(f"global_tokens ({list(self.global_tokens)}) are positions: from 0 on")
+        if (self.global_tokens or self.n_random) and "swa" not in kinds:
+            raise ValueError(f"global_tokens and n_random need swa layers, and pattern ({self.pattern!r}) has none")
+        for kind, keys in {
+            "strided": ("sparse_block",),
+            "fixed": ("sparse_block", "n_summary"),
+            "star": ("sparse_block", "star_context"),
+        }.items():
+            for key in keys:
+                if kind in kinds and getattr(self, key) is None:
+                    raise ValueError(f"pattern ({self.pattern!r}) has {kind} layers: give {key}")
+        if "fixed" in kinds and (self.n_summary or 0) > (self.sparse_block or 0):
+            raise ValueError(f"n_summary ({self.n_summary}) must be at most sparse_block ({self.sparse_block})")
 
     def _check_rope(self, kind: str) -> None:
         """What one kind of layer says of its rotation fits together."""
@@ -220,9 +255,28 @@ class ModelConfig(Section):
         value = getattr(self, key)
         return value[kind] if isinstance(value, dict) else value
 
-    def nth_window(self, nth: int) -> int | None:
-        """The window of an swa layer that nth others come before."""
+    def nth_window(self, kind: str, nth: int) -> int | None:
+        """The window of a layer that nth others of its kind come before."""
+        if kind == "strided":
+            return self.sparse_block
+        if kind != "swa":
+            return None
         return self.window[nth % len(self.window)] if isinstance(self.window, tuple) else self.window
+
+    def sparse(self, kind: str, nth: int) -> Sparse | None:
+        """What a layer sees beside its window."""
+        block = self.sparse_block or 1
+        match kind:
+            case "swa" if self.global_tokens or self.n_random:
+                block = self.nth_window(kind, nth) or 1
+                return Sparse(rule="global", block=block, tokens=self.global_tokens, n_random=self.n_random, seed=nth)
+            case "strided":
+                return Sparse(rule="strided", block=block)
+            case "fixed":
+                return Sparse(rule="fixed", block=block, n_summary=self.n_summary or 0)
+            case "star":
+                return Sparse(rule="star", block=block, context=self.star_context or 0)
+        return None
 
     def rope(self, kind: str) -> Rope | None:
         """The rotation of one kind of layer."""

@@ -25,6 +25,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.memory import PeakMemory
+from model.mixers import MIXERS
 from model.optim import Optimizers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,13 +48,23 @@ SMALL = {
 }
 
 
+def by_kind(value: object, **others: object) -> dict[str, object]:
+    """A value for every kind of layer, and others for some."""
+    return dict.fromkeys(MIXERS, value) | others
+
+
 DESIGNS = st.fixed_dictionaries(  # what may stand beside anything else
     {
         "n_layer": st.integers(1, 4),
         "n_kv_head": st.sampled_from([None, 1, 2, 3, 6]),
-        "pattern": st.sampled_from(["full", "swa", "2:1", "full swa", "linear", "linear*2 swa full"]),
+        "pattern": st.sampled_from(
+            ["full", "swa", "2:1", "full swa", "linear", "linear*2 swa full", "strided fixed", "star swa"]
+        ),
         "window": st.one_of(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
         "n_sink": st.integers(0, 5),
+        "sparse_block": st.integers(2, 5),
+        "n_summary": st.integers(1, 2),
+        "star_context": st.integers(0, 30),
         "attn_scale": st.sampled_from([None, 0.2]),
         "attn_softcap": st.sampled_from([None, 1.5]),
         "logit_softcap": st.sampled_from([None, 2.0]),
@@ -73,12 +84,12 @@ POSITIONS = st.sampled_from(  # of which one excludes another's numbers
         {"position": "rope", "rope_scaling": "linear", "rope_factor": 4.0},
         {"position": "rope", "rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 40, "rope_whole_ramp": True},
         {
-            "position": {"swa": "rope", "full": "none", "linear": "none"},
-            "rope_scaling": {"swa": "yarn", "full": "none", "linear": "none"},
-            "rope_factor": {"swa": 2.0, "full": 1.0, "linear": 1.0},
+            "position": by_kind("none", swa="rope"),
+            "rope_scaling": by_kind("none", swa="yarn"),
+            "rope_factor": by_kind(1.0, swa=2.0),
             "rope_trained": 40,
         },
-        {"position": {"swa": "alibi", "full": "rope", "linear": "none"}},
+        {"position": by_kind("none", swa="alibi", full="rope")},
         {"position": "alibi"},
         {"position": "none"},
         {"position": "learned", "block_size": 26},

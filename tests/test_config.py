@@ -5,6 +5,9 @@ from conftest import tiny_config
 from pydantic import ValidationError
 
 from model.config import ModelConfig, describe_layers, expand_pattern
+from model.mixers import MIXERS
+
+WORDS = ", ".join(MIXERS)
 
 
 def refusal(**overrides) -> str:
@@ -33,7 +36,10 @@ def refusal(**overrides) -> str:
         ),
         ({"rope_base": 0.0}, "rope_base (0.0) must be above 0"),
         ({"rope_base": {"full": -2.0}}, "rope_base ({'full': -2.0}) must be above 0"),
-        ({"position": {"fulll": "rope"}}, "position.fulll is no kind of layer; the kinds are full, swa, linear"),
+        (
+            {"position": {"fulll": "rope"}},
+            f"position.fulll is no kind of layer; the kinds are {WORDS}",
+        ),
         (
             {"position": {"full": "rope"}, "pattern": "1:1", "window": 3},
             "position says nothing of swa layers, which pattern ('1:1') has",
@@ -141,14 +147,23 @@ def test_number_that_is_not_finite_is_refused(key, value):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("sva", "'sva' is no layer; words are full, swa, linear, as \"swa*5 full\"; did you mean swa?"),
-        ("swa ful", "'ful' is no layer; words are full, swa, linear, as \"swa*5 full\"; did you mean full?"),
-        ("full*0", "'full*0' is no layer; words are full, swa, linear, as \"swa*5 full\"; did you mean full?"),
+        (
+            "sva",
+            f"'sva' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean swa?",
+        ),
+        (
+            "swa ful",
+            f"'ful' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean full?",
+        ),
+        (
+            "full*0",
+            f"'full*0' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean full?",
+        ),
         ("swa*-1", "'swa*-1' is no layer"),
         ("swa*", "'swa*' is no layer"),
         ("swa,full", "'swa,full' is no layer"),
-        ("xyz", "'xyz' is no layer; words are full, swa, linear, as \"swa*5 full\""),
-        ("", 'is empty; words are full, swa, linear, as "swa*5 full" or "5:1"'),
+        ("xyz", f"'xyz' is no layer; words are {WORDS}, as \"swa*5 full\""),
+        ("", f'is empty; words are {WORDS}, as "swa*5 full" or "5:1"'),
         ("  ", "is empty"),
     ],
 )

@@ -8,4 +8,7 @@ its own state object (`model.cache.LayerState`). The record counts: `model.mixer
 from model.mixers.attention import Attention
 from model.mixers.linear import LinearAttention
 
-MIXERS: dict[str, type[Attention | LinearAttention]] = {"full": Attention, "swa": Attention, "linear": LinearAttention}
+MIXERS: dict[str, type[Attention | LinearAttention]] = {
+    **dict.fromkeys(("full", "swa", "strided", "fixed", "star"), Attention),
+    "linear": LinearAttention,
+}

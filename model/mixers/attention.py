@@ -19,7 +19,9 @@ from model.attend import attend, kernel_name, prepare
 from model.cache import KVCache, n_slots
 from model.layers import NORMS
 from model.positions import Rope, rotate
+from model.sparse import Sparse
 from model.step import Step
+from model.visible import n_visible
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -36,6 +38,7 @@ class AttentionSpec:
     head_dim: int
     window: int | None = None  # keys that a query sees, itself included; None: all
     n_sink: int = 0  # first tokens that stay visible whatever the window
+    sparse: Sparse | None = None  # what is visible beside the window
     rope: Rope | None = None  # None: no rotation
     alibi: bool = False  # scores fall with distance, by a slope of each head's own (2108.12409)
     scale: float | None = None  # what scores are multiplied by; None: 1 / sqrt(head_dim)
@@ -53,6 +56,11 @@ class AttentionSpec:
         """What fused kernels do not know, by its name in a config."""
         shapes = {"attn_softcap": self.softcap is not None, "alibi": self.alibi, "sink_logit": self.sink_logit}
         return tuple(name for name, there in shapes.items() if there)
+
+    @property
+    def kept(self) -> int | None:
+        """How far back keys are needed; None: for ever, as where any later query may see them."""
+        return self.window if self.sparse is None else None
 
     @property
     def gate_width(self) -> int:
@@ -74,6 +82,8 @@ class AttentionSpec:
 
     def n_pairs(self, T: int) -> int:
         """Visible (query, key) pairs of one sequence of T tokens: T (T + 1) / 2 when nothing slides."""
+        if self.sparse is not None:
+            return n_visible(self, T)
         if self.window is None or self.window >= T:
             return T * (T + 1) // 2
         W, pairs = self.window, 0
@@ -88,7 +98,7 @@ class AttentionSpec:
 
     def cache_bytes(self, max_length: int, element_size: int) -> int:
         """Of one sequence: keys and values of every slot that new_cache allocates."""
-        return 2 * n_slots(self.window, self.n_sink, max_length) * self.n_kv_head * self.head_dim * element_size
+        return 2 * n_slots(self.kept, self.n_sink, max_length) * self.n_kv_head * self.head_dim * element_size
 
     def kernel_name(self, T: int, device: torch.device, dtype: torch.dtype) -> str:
         return kernel_name(self, T, device, dtype)
@@ -117,15 +127,17 @@ class Attention(nn.Module):
     @staticmethod
     def spec_from(config: ModelConfig, kind: str, nth: int) -> AttentionSpec:
         """One layer's numbers: `kind` is its word in the pattern, of which nth come before it."""
-        window = config.window_everywhere or (config.nth_window(nth) if kind == "swa" else None)
+        window = config.window_everywhere or config.nth_window(kind, nth)
+        sparse = None if config.window_everywhere else config.sparse(kind, nth)
         return AttentionSpec(
-            kind="full" if window is None else "swa",
+            kind=kind if sparse else "full" if window is None else "swa",
             n_embd=config.n_embd,
             n_head=config.n_head,
             n_kv_head=config.kv_heads,
             head_dim=config.head_width,
             window=window,
-            n_sink=0 if window is None else config.n_sink,
+            n_sink=config.n_sink if window is not None and (kind == "swa" or not sparse) else 0,
+            sparse=sparse,
             rope=config.rope(kind),
             alibi=config.of_kind("position", kind) == "alibi",
             scale=config.attn_scale,
@@ -170,7 +182,7 @@ class Attention(nn.Module):
     ) -> KVCache:
         """Room for what a sequence of max_length tokens needs; longer ones too, where the window is all it needs."""
         spec = self.spec
-        S = n_slots(spec.window if rolling else None, spec.n_sink, max_length)
+        S = n_slots(spec.kept if rolling else None, spec.n_sink, max_length)
         k, v = (torch.zeros(batch_size, spec.n_kv_head, S, spec.head_dim, device=device, dtype=dtype) for _ in "kv")
-        endless = rolling and spec.window is not None and spec.n_sink + spec.window == S
+        endless = rolling and spec.kept is not None and spec.n_sink + spec.kept == S
         return KVCache(k, v, n_sink=spec.n_sink, max_length=None if endless else max_length)
