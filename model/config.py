@@ -57,6 +57,9 @@ class ModelConfig(Section):
     window: Annotated[int, Field(ge=1)] | tuple[int, ...] | None = Field(
         None, description="keys that a query of an swa layer sees, itself included; several: tiled over the swa layers"
     )
+    head_windows: tuple[int, ...] = Field(
+        (), description="windows of the heads of mswa layers: the KV heads in as many equal parts"
+    )
     window_everywhere: int | None = Field(
         None, ge=1, description="window of every layer, full ones too: how a trained model is decoded through a window"
     )
@@ -169,7 +172,15 @@ class ModelConfig(Section):
         return self
 
     def _check_sparse(self, kinds: set[str]) -> None:
-        """What the sparse kinds of layers need is there."""
+        """What kinds of layers beside full and swa need is there."""
+        if "mswa" in kinds:
+            if not self.head_windows or min(self.head_windows) < 1 or self.kv_heads % len(self.head_windows):
+                raise ValueError(
+                    f"head_windows ({list(self.head_windows)}) of mswa layers must be numbers of keys, each at least "
+                    f"1, as many as divide n_kv_head ({self.kv_heads})"
+                )
+            if self.of_kind("position", "mswa") == "alibi" or self.qk_norm_over == "projection":
+                raise ValueError("mswa splits the heads: position = alibi and qk_norm_over = projection do not fit")
         if min(self.global_tokens, default=0) < 0:
             raise ValueError(f"global_tokens ({list(self.global_tokens)}) are positions: from 0 on")
         if (self.global_tokens or self.n_random) and "swa" not in kinds:
@@ -297,7 +308,8 @@ class ModelConfig(Section):
 
     def notes(self) -> Iterator[str]:
         """What is allowed and probably not meant, one line each."""
-        windows = [s.window for s in self.layers if isinstance(s, AttentionSpec) and s.window is not None]
+        parts = [part for spec in self.layers for part in getattr(spec, "parts", (spec,))]
+        windows = [part.window for part in parts if isinstance(part, AttentionSpec) and part.window is not None]
         if self.window is not None and "swa" not in self.kinds:
             yield f"window ({self.window}) is used by no layer: pattern ({self.pattern!r}) has no swa"
         if self.n_sink and not windows:

@@ -24,6 +24,7 @@ from model.errors import UserError
 from model.gpt import GPT
 from model.mixers.attention import Attention, AttentionSpec
 from model.mixers.contract import MixerSpec
+from model.mixers.windows import MultiWindowSpec
 from model.visible import visible
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of "
@@ -60,7 +61,7 @@ def masks(options: Options) -> None:
         layers = model.config.layers
         paid = attention_paid(model, tokenizer, options)
         T = len(next(iter(paid.values()))) if paid else options.tokens
-    kinds = {spec: name for spec in dict.fromkeys(layers) if (name := describe(spec, layers))}
+    kinds = {spec: describe(spec, layers) for spec in dict.fromkeys(part for layer in layers for part in parts(layer))}
     rows = 2 if paid else 1
     figure = Figure(figsize=(3.2 * len(kinds), 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, len(kinds), squeeze=False)
@@ -75,6 +76,11 @@ def masks(options: Options) -> None:
     print(options.to)
 
 
+def parts(spec: MixerSpec) -> tuple[MixerSpec, ...]:
+    """What is drawn of a layer: heads whose windows differ, each by itself."""
+    return spec.parts if isinstance(spec, MultiWindowSpec) else (spec,)
+
+
 def seen(spec: MixerSpec, T: int) -> Tensor:
     """(T, T) which key each query sees; a mixer without keys sees all its past."""
     pos = torch.arange(T)[None]
@@ -83,7 +89,7 @@ def seen(spec: MixerSpec, T: int) -> Tensor:
 
 def describe(spec: MixerSpec, layers: tuple[MixerSpec, ...]) -> str:
     """A layer's kind, its window, and which layers are like it."""
-    like = [str(i) for i, other in enumerate(layers) if other == spec]
+    like = [str(i) for i, other in enumerate(layers) if spec in parts(other)]
     window = f", window {spec.window}" if isinstance(spec, AttentionSpec) and spec.window is not None else ""
     shown = ", ".join(like[:6]) + (", …" if len(like) > 6 else "")
     return f"{spec.kind}{window} (layer {shown})"
@@ -98,9 +104,9 @@ def attention_paid(model: GPT, tokenizer: Tokenizer, options: Options) -> dict[M
     if model.wpe is not None:
         ids = ids[: model.config.block_size]
     found: dict[MixerSpec, list[Tensor]] = {}
-    for block in model.h:
-        if isinstance(block.mixer, Attention):
-            block.mixer.register_forward_hook(
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(
                 lambda mixer, args, _: found.setdefault(mixer.spec, []).append(weights_of(mixer, args).mean(dim=0))
             )
     model.eval()(torch.tensor([ids]))

@@ -58,7 +58,7 @@ DESIGNS = st.fixed_dictionaries(  # what may stand beside anything else
         "n_layer": st.integers(1, 4),
         "n_kv_head": st.sampled_from([None, 1, 2, 3, 6]),
         "pattern": st.sampled_from(
-            ["full", "swa", "2:1", "full swa", "linear", "linear*2 swa full", "strided fixed", "star swa"]
+            ["full", "swa", "2:1", "full swa", "linear", "linear*2 swa full", "strided fixed", "star swa", "mswa full"]
         ),
         "window": st.one_of(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
         "n_sink": st.integers(0, 5),
@@ -97,9 +97,20 @@ POSITIONS = st.sampled_from(  # of which one excludes another's numbers
 )
 QK_NORMS = st.sampled_from([{"qk_norm": False}, {}, {"qk_norm_over": "projection"}])
 BIASES = st.sampled_from([{}, {"bias": True}, {"attn_bias": "qkv"}, {"attn_bias": "all"}])
-designs = st.builds(
-    lambda *parts: {k: v for part in parts for k, v in part.items()}, DESIGNS, POSITIONS, QK_NORMS, BIASES
-)
+
+
+def design(*parts: dict) -> dict:
+    """The parts together, and as many windows for the heads of mswa layers as fit."""
+    whole = {key: value for part in parts for key, value in part.items()}
+    return whole | {"head_windows": {1: (3,), 3: (2, 7, 4)}.get(whole["n_kv_head"], (2, 5))}
+
+
+def fits(design: dict) -> bool:
+    """Whether what mswa layers exclude is absent."""
+    return "mswa" not in design["pattern"] or (design["position"] != "alibi" and "qk_norm_over" not in design)
+
+
+designs = st.builds(design, DESIGNS, POSITIONS, QK_NORMS, BIASES).filter(fits)
 
 
 def tiny_config(**overrides) -> ModelConfig:
@@ -135,7 +146,8 @@ def cut(sizes: Sequence[int], total: int) -> list[int]:
 
 def tensors_of(cache: Cache) -> list[Tensor]:
     """All tensors that the layers' states hold."""
-    return [x for state in cache.layers for x in vars(state).values() if isinstance(x, Tensor)]
+    states = [part for state in cache.layers for part in getattr(state, "parts", [state])]
+    return [x for state in states for x in vars(state).values() if isinstance(x, Tensor)]
 
 
 @torch.no_grad()

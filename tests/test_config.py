@@ -277,6 +277,8 @@ def test_sliding_refuses_what_building_refuses():
     [
         ({}, []),
         ({"pattern": "1:1", "window": 15, "n_sink": 1}, []),
+        ({"pattern": "mswa", "head_windows": (3, 5), "n_sink": 1}, []),
+        ({"pattern": "swa", "window": (3, 9)}, []),
         ({"window": 3}, ["window (3) is used by no layer: pattern ('full') has no swa"]),
         ({"n_sink": 2}, ["n_sink (2) is used by no layer: pattern ('full') has no swa"]),
         (

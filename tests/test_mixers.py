@@ -35,7 +35,7 @@ def cases(patterns: Iterable[str], windows: Iterable[int], heads: Iterable[int],
     """A network for each of these and for 0 and 3 sinks, where they change its layers."""
     unique = {}
     for pattern, window, n_kv_head, n_sink in product(patterns, windows, heads, (0, 3)):
-        sparse = {"sparse_block": 3, "n_summary": 1, "star_context": 8}
+        sparse = {"sparse_block": 3, "n_summary": 1, "star_context": 8, "head_windows": (2, 5)[: n_kv_head // 2 or 1]}
         config = tiny_config(pattern=pattern, window=window, n_sink=n_sink, n_kv_head=n_kv_head, **sparse, **overrides)
         name = f"{pattern} W{window} sink{n_sink} kv{n_kv_head}".replace(" ", "-")
         unique.setdefault(config.layers, pytest.param(config, id=name))

@@ -7,8 +7,10 @@ its own state object (`model.cache.LayerState`). The record counts: `model.mixer
 
 from model.mixers.attention import Attention
 from model.mixers.linear import LinearAttention
+from model.mixers.windows import MultiWindowAttention
 
-MIXERS: dict[str, type[Attention | LinearAttention]] = {
+MIXERS: dict[str, type[Attention | MultiWindowAttention | LinearAttention]] = {
     **dict.fromkeys(("full", "swa", "strided", "fixed", "star"), Attention),
+    "mswa": MultiWindowAttention,
     "linear": LinearAttention,
 }
