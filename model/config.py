@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.attend import Kernel
+from model.checks import check_patterns, check_rope, check_tables
 from model.layers import GATED, MLPName, NormName
 from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
@@ -17,7 +18,6 @@ from model.positions import Rope, Scaling
 from model.sparse import Sparse
 
 Position = Literal["rope", "learned", "alibi", "none"]
-BY_KIND = ("position", "rope_base", "rope_fraction", "rope_scaling", "rope_factor")
 
 
 class Section(BaseModel):
@@ -145,20 +145,10 @@ class ModelConfig(Section):
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
         kinds = set(self.kinds)
-        for key in BY_KIND:
-            table = getattr(self, key)
-            if isinstance(table, dict):
-                if unknown := set(table) - set(MIXERS):
-                    raise ValueError(f"{key}.{unknown.pop()} is no kind of layer; the kinds are {', '.join(MIXERS)}")
-                if missing := kinds - set(table):
-                    raise ValueError(
-                        f"{key} says nothing of {missing.pop()} layers, which pattern ({self.pattern!r}) has"
-                    )
-        if isinstance(self.position, dict) and "learned" in self.position.values():
-            raise ValueError("position = learned is one table for the whole model, it cannot be given by kind of layer")
-        self._check_sparse(kinds)
+        check_tables(self, kinds)
+        check_patterns(self, kinds)
         for kind in kinds:
-            self._check_rope(kind)
+            check_rope(self, kind)
         if not self.qk_norm and self.qk_norm_over != "head":
             raise ValueError(f"qk_norm_over ({self.qk_norm_over}) means nothing with qk_norm = false: leave one out")
         if self.bias and self.attn_bias:
@@ -170,64 +160,6 @@ class ModelConfig(Section):
         if "swa" in kinds and self.window is None:
             raise ValueError(f"pattern ({self.pattern!r}) has swa layers: give window, the number of keys a query sees")
         return self
-
-    def _check_sparse(self, kinds: set[str]) -> None:
-        """What kinds of layers beside full and swa need is there."""
-        if "mswa" in kinds:
-            if not self.head_windows or min(self.head_windows) < 1 or self.kv_heads % len(self.head_windows):
-                raise ValueError(
-                    f"head_windows ({list(self.head_windows)}) of mswa layers must be numbers of keys, each at least "
-                    f"1, as many as divide n_kv_head ({self.kv_heads})"
-                )
-            if self.of_kind("position", "mswa") == "alibi" or self.qk_norm_over == "projection":
-                raise ValueError("mswa splits the heads: position = alibi and qk_norm_over = projection do not fit")
-        if min(self.global_tokens, default=0) < 0:
-            raise ValueError(f"global_tokens ({list(self.global_tokens)}) are positions: from 0 on")
-        if (self.global_tokens or self.n_random) and "swa" not in kinds:
-            raise ValueError(f"global_tokens and n_random need swa layers, and pattern ({self.pattern!r}) has none")
-        for kind, keys in {
-            "strided": ("sparse_block",),
-            "fixed": ("sparse_block", "n_summary"),
-            "star": ("sparse_block", "star_context"),
-        }.items():
-            for key in keys:
-                if kind in kinds and getattr(self, key) is None:
-                    raise ValueError(f"pattern ({self.pattern!r}) has {kind} layers: give {key}")
-        if "fixed" in kinds and (self.n_summary or 0) > (self.sparse_block or 0):
-            raise ValueError(f"n_summary ({self.n_summary}) must be at most sparse_block ({self.sparse_block})")
-
-    def _check_rope(self, kind: str) -> None:
-        """What one kind of layer says of its rotation fits together."""
-        if self.of_kind("rope_base", kind) <= 0:
-            raise ValueError(f"rope_base ({self.rope_base}) must be above 0")
-        position, scaling = self.of_kind("position", kind), self.of_kind("rope_scaling", kind)
-        factor, fraction = self.of_kind("rope_factor", kind), self.of_kind("rope_fraction", kind)
-        if position != "rope":
-            for key, value, unused in (
-                ("rope_scaling", scaling, "none"),
-                ("rope_factor", factor, 1),
-                ("rope_fraction", fraction, 1),
-            ):
-                if value != unused:
-                    raise ValueError(f"{key} ({value}) needs position = rope, and {kind} layers have {position}")
-            return
-        if self.head_width % 2:
-            raise ValueError(f"RoPE rotates pairs: head_dim ({self.head_width}) must be even")
-        width = fraction * self.head_width
-        if not 0 < fraction <= 1 or round(width) % 2 or abs(width - round(width)) > 1e-6:
-            raise ValueError(
-                f"rope_fraction ({fraction}) of head_dim ({self.head_width}) must be an even number of dimensions"
-            )
-        if (scaling == "none") != (factor == 1) or factor < 1:
-            raise ValueError(
-                f"rope_factor ({factor}) and rope_scaling ({scaling}) of {kind} layers: "
-                "give both, with a factor above 1, or neither"
-            )
-        if scaling == "yarn" and (self.rope_trained is None or self.of_kind("rope_base", kind) <= 1):
-            raise ValueError(
-                f"rope_scaling (yarn) needs rope_trained ({self.rope_trained}), the context that it stretches, "
-                f"and a rope_base ({self.rope_base}) above 1"
-            )
 
     @property
     def kinds(self) -> tuple[str, ...]:
