@@ -41,7 +41,7 @@ def learn(texts: Iterable[str], *, n_ranks: int) -> "tokenizers.Tokenizer":
 def ranks_of(tokenizer_json: str) -> dict[bytes, int]:
     """Convert a trained tokenizer: bytes have their value as rank, merged tokens follow in the order of learning."""
     vocabulary: dict[str, int] = json.loads(tokenizer_json)["model"]["vocab"]
-    byte_of = _byte_of_letter()
+    byte_of = byte_of_letter()
     learned = sorted((token for token in vocabulary if len(token) > 1), key=vocabulary.__getitem__)
     ranks = {bytes([value]): value for value in range(256)}
     ranks.update((bytes(byte_of[letter] for letter in token), 256 + i) for i, token in enumerate(learned))
@@ -57,7 +57,7 @@ def _head(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def _byte_of_letter() -> dict[str, int]:
+def byte_of_letter() -> dict[str, int]:
     """Undo GPT-2's writing of bytes as letters: printable bytes stand for themselves, the others follow from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(256) if value not in printable]

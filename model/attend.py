@@ -6,9 +6,12 @@
 | sdpa-causal-gqa      | the same, reading a KV head for several query heads                          |
 | sdpa-causal-expanded | the same, a KV head copied for several query heads, since no fused kernel of |
 |                      | the device reads it so                                                       |
-| tiles                | windows, sinks, fewer KV heads, any device; work in proportion to the window |
-| flex                 | the same on CUDA, fused                                                      |
-| masked               | any positions: chunks over a cache, padding; a mask of bounded size          |
+| tiles                | windows, sinks, fewer KV heads, any device; work in proportion to the window;|
+|                      | and what shapes the scores: soft-caps, ALiBi, learned sinks                  |
+| flex                 | windows and sinks on CUDA, fused                                             |
+| masked               | any positions: chunks over a cache, padding; any pattern; a mask of bounded  |
+|                      | size, and no work saved                                                      |
+| masked-scores        | the same for shaped scores, which then exist, in pieces of bounded size      |
 
 Dimensions: B batch, H query heads, K KV heads, Tq and Tk queries and keys, D head_dim.
 """
@@ -23,7 +26,9 @@ from torch import Tensor
 
 from model.errors import UserError
 from model.kernels.flex import block_mask, flex
+from model.kernels.scores import masked_scores
 from model.kernels.tiles import block_size, tiles
+from model.positions import alibi_slopes
 from model.step import Step
 from model.visible import visible
 
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 
 Kernel = Literal["auto", "sdpa", "tiles", "flex", "masked"]
 
-MASK_ELEMENTS = 1 << 22  # the largest piece of a mask that exists at a time
+MASK_ELEMENTS = 1 << 22  # the largest piece of a mask, or of scores, that exists at a time
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -43,23 +48,33 @@ def kernel_name(
 
     UserError where the one that spec.kernel asks for cannot serve: nothing else is taken silently.
     """
+    shaped = spec.shapes_scores
+    masked = "masked-scores" if shaped else "masked"
     if not contiguous:
-        return "masked"
+        return masked
     slides = spec.window is not None and spec.window < T
     asked = spec.kernel
+    if spec.sparse is not None:
+        if asked not in ("auto", "masked"):
+            raise UserError(f"kernel ({asked}) knows no {spec.sparse.rule} pattern: take masked or auto")
+        return masked
+    if asked in ("sdpa", "flex") and shaped:
+        raise UserError(f"kernel ({asked}) knows no {shaped[0]}: take tiles, masked or auto")
     if asked == "sdpa" and slides:
         raise UserError(
             f"kernel (sdpa) knows no window ({spec.window} of {T} tokens): take tiles, flex, masked or auto"
         )
     if asked == "flex" and device.type != "cuda":
         raise UserError(f"kernel (flex) needs cuda, not {device.type}: take tiles or auto")
-    if asked == "auto":
+    if asked == "auto" and shaped:
+        asked = "tiles"
+    elif asked == "auto":
         if slides:
             asked = "flex" if device.type == "cuda" else "tiles"
         else:  # on a CPU the fused kernel multiplies bfloat16 no faster than float32
             asked = "tiles" if device.type == "cpu" and dtype == torch.bfloat16 and T >= 128 else "sdpa"
     if asked != "sdpa":
-        return asked
+        return masked if asked == "masked" else asked
     if spec.n_kv_head == spec.n_head:
         return "sdpa-causal"
     return "sdpa-causal-gqa" if device.type == "cuda" and dtype in HALF else "sdpa-causal-expanded"
@@ -73,11 +88,13 @@ def attend(
     k_pos: Tensor,
     spec: AttentionSpec,
     *,
+    sink_logit: Tensor | None = None,
     contiguous: bool = False,
     shared: dict | None = None,
 ) -> Tensor:
     """(B, H, Tq, D) queries at q_pos over (B, K, Tk, D) keys and values at k_pos, (B or 1, T) each -> (B, H, Tq, D).
 
+    sink_logit (H,) is the learned sink, where spec has one.
     contiguous: queries and keys are one run of positions from 0, so that kernels which know no positions may serve.
     `shared` is the step's, where `prepare` left what they need.
     """
@@ -85,14 +102,18 @@ def attend(
     match kernel_name(spec, T, q.device, q.dtype, contiguous=contiguous):
         case "masked":
             return _masked(q, k, v, q_pos, k_pos, spec)
+        case "masked-scores":
+            return _masked_scores(q, k, v, q_pos, k_pos, spec, sink_logit)
         case "tiles":
             window = T if spec.window is None else min(spec.window, T)
-            return tiles(q, k, v, window, spec.n_sink, block_size(window, q.dtype))
+            block, slopes = block_size(window, q.dtype), _slopes(spec, q)
+            return tiles(q, k, v, window, spec.n_sink, block, spec.scale, spec.softcap, slopes, sink_logit)
         case "flex":
-            return flex(q, k, v, (shared or {})[_mask_key(spec)])
+            return flex(q, k, v, (shared or {})[_mask_key(spec)], spec.scale)
         case "sdpa-causal-expanded":
             k, v = (x.repeat_interleave(spec.n_head // spec.n_kv_head, dim=1) for x in (k, v))  # (B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+    gqa = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=gqa)
 
 
 def prepare(spec: AttentionSpec, step: Step, device: torch.device, dtype: torch.dtype) -> None:
@@ -117,6 +138,31 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, spec:
         q_tile = q[:, :, :, start : start + tile]  # (B, K, H / K, tile, D)
         mask = visible(q_pos[:, start : start + tile], k_pos, spec)  # (B, 1, tile, Tk)
         mask = mask.repeat(1, 1, H // K, 1)  # (B, 1, H / K * tile, Tk)
-        y = F.scaled_dot_product_attention(q_tile.flatten(2, 3), k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q_tile.flatten(2, 3), k, v, attn_mask=mask, scale=spec.scale)
         out.append(y.view(B, K, H // K, -1, D))
     return torch.cat(out, dim=3).view(B, H, Tq, D)
+
+
+def _masked_scores(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec, sink_logit: Tensor | None
+) -> Tensor:
+    B, H, _, D = q.shape
+    tile = max(1, MASK_ELEMENTS // (B * H * k.shape[2]))
+    slopes = _slopes(spec, q)
+    out = []
+    for q_tile, pos in zip(q.split(tile, dim=2), q_pos.split(tile, dim=1), strict=True):
+        mask = visible(pos, k_pos, spec)  # (B or 1, H or 1, tile, Tk)
+        distance = (pos[:, :, None] - k_pos[:, None])[:, None]  # (B or 1, 1, tile, Tk)
+        y = masked_scores(
+            *(q_tile, k, v, distance, mask),
+            scale=spec.scale or D**-0.5,
+            softcap=spec.softcap,
+            slopes=slopes,
+            sink_logit=sink_logit,
+        )
+        out.append(y)
+    return torch.cat(out, dim=2)
+
+
+def _slopes(spec: AttentionSpec, q: Tensor) -> Tensor | None:
+    return alibi_slopes(spec.n_head, q.device, q.dtype) if spec.alibi else None

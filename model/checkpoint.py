@@ -39,7 +39,7 @@ def save(root: Path, *, step: int, model: nn.Module, optimizers: Optimizers | No
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_file(_unique(model.state_dict()), partial / "model.safetensors")
+        save_file(unique_tensors(model.state_dict()), partial / "model.safetensors")
         if optimizers is not None:
             save_file(_optimizer_tensors(model, optimizers) | _rng_tensors(), partial / "optimizer.safetensors")
         files = {file.name: _digest(file) for file in sorted(partial.iterdir())}
@@ -104,7 +104,7 @@ def pointed(root: Path, name: str) -> Path | None:
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Weights into the model. UserError where names or shapes differ."""
     tensors = _load(checkpoint.path / "model.safetensors")
-    own = _unique(model.state_dict())
+    own = unique_tensors(model.state_dict())
     for name in sorted(own.keys() | tensors.keys()):
         there, here = (tuple(side[name].shape) if name in side else "missing" for side in (tensors, own))
         if there != here:
@@ -148,7 +148,7 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def _unique(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the second name of a tied weight."""
     seen: set[int] = set()
     return {

@@ -4,15 +4,20 @@ import difflib
 import re
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.attend import Kernel
+from model.checks import check_patterns, check_rope, check_tables
+from model.layers import GATED, MLPName, NormName
 from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
+from model.mixers.contract import MixerSpec
+from model.positions import Rope, Scaling
+from model.sparse import Sparse
 
-Position = Literal["rope", "learned", "none"]
+Position = Literal["rope", "learned", "alibi", "none"]
 
 
 class Section(BaseModel):
@@ -49,29 +54,87 @@ class ModelConfig(Section):
     head_dim: int | None = Field(None, ge=1, description="width of a head; none: n_embd / n_head")
 
     pattern: str = Field("full", description='mixer of each layer, tiled over depth: "full", "swa*5 full", or "5:1"')
-    window: int | None = Field(None, ge=1, description="keys that a query of an swa layer sees, itself included")
+    window: Annotated[int, Field(ge=1)] | tuple[int, ...] | None = Field(
+        None, description="keys that a query of an swa layer sees, itself included; several: tiled over the swa layers"
+    )
+    head_windows: tuple[int, ...] = Field(
+        (), description="windows of the heads of mswa layers: the KV heads in as many equal parts"
+    )
     window_everywhere: int | None = Field(
         None, ge=1, description="window of every layer, full ones too: how a trained model is decoded through a window"
     )
     n_sink: int = Field(0, ge=0, description="first tokens that stay visible in sliding layers whatever the window")
 
+    global_tokens: tuple[int, ...] = Field(
+        (), description="positions that swa layers see from everywhere, and that see all"
+    )
+    n_random: int = Field(
+        0, ge=0, lt=64, description="past blocks, each a window long, drawn for each block of queries of swa layers"
+    )
+    sparse_block: int | None = Field(
+        None, ge=1, description="stride of strided and fixed layers, tokens of a block of star layers"
+    )
+    n_summary: int | None = Field(
+        None, ge=1, description="last columns of each block that all later queries of fixed layers see"
+    )
+    star_context: int | None = Field(
+        None, ge=0, description="tokens of the context of star layers: queries behind it see all"
+    )
+
     position: Position | dict[str, Position] = Field(
-        "rope", description="how positions enter: rope, learned (whole model), none; or a table by kind of layer"
+        "rope", description="how positions enter: rope, learned (whole model), alibi, none; or a table by kind of layer"
     )
     rope_base: float | dict[str, float] = Field(10_000.0, description="RoPE base; or a table by kind of layer")
-    qk_norm: bool = Field(True, description="RMSNorm on each query and key head")
-    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before each sublayer")
+    rope_fraction: float | dict[str, float] = Field(
+        1.0, description="part of each head that RoPE rotates, its first dimensions; or a table by kind of layer"
+    )
+    rope_scaling: Scaling | dict[str, Scaling] = Field(
+        "none", description="how RoPE is stretched beyond its training: linear, yarn; or a table by kind of layer"
+    )
+    rope_factor: float | dict[str, float] = Field(
+        1.0, description="how many times longer rope_scaling makes the context; or a table by kind of layer"
+    )
+    rope_trained: int | None = Field(None, ge=1, description="context in tokens that yarn stretches")
+    rope_whole_ramp: bool = Field(False, description="yarn begins and ends at whole dimensions, as transformers has it")
+
+    qk_norm: bool = Field(True, description="RMSNorm on queries and keys")
+    qk_norm_over: Literal["head", "projection"] = Field(
+        "head", description="what qk_norm normalises: each head, or the projection of all heads"
+    )
+    attn_scale: float | None = Field(
+        None, gt=0, description="what attention scores are multiplied by; none: 1 / sqrt(head_dim)"
+    )
+    attn_softcap: float | None = Field(None, gt=0, description="c: attention scores are c tanh(scores / c)")
+    sink_logit: bool = Field(False, description="a learned logit per head in the denominator of the softmax")
+    attn_gate: Literal["none", "head", "channel"] = Field(
+        "none", description="sigmoid gate of what attention gives, a number per head or per channel"
+    )
+    attn_bias: Literal["qkv", "all"] | None = Field(
+        None, description="biases in attention alone: qkv, or all, its output too; none: as bias says"
+    )
+    logit_softcap: float | None = Field(None, gt=0, description="c: output logits are c tanh(logits / c)")
+
+    norm: NormName = Field(
+        "rmsnorm", description="normalisation around each sublayer; rmsnorm+1 multiplies by 1 + weight"
+    )
+    norm_place: Literal["pre", "post", "sandwich"] = Field(
+        "pre", description="norms before each sublayer, after it (inside the residual), or both"
+    )
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
-    mlp: Literal["swiglu", "gelu", "relu2"] = Field("swiglu", description="feed-forward layer")
+    mlp: MLPName = Field("swiglu", description="feed-forward layer")
     mlp_width: int | None = Field(
-        None, ge=1, description="hidden width of it; none: 4 n_embd, for swiglu 8/3 n_embd rounded up to 64"
+        None, ge=1, description="hidden width of it; none: 4 n_embd, for swiglu and geglu 8/3 n_embd rounded up to 64"
     )
     bias: bool = Field(False, description="biases in linear layers and layernorms")
     tie_embeddings: bool = Field(True, description="lm_head shares the weights of wte")
+    scale_embeddings: bool = Field(False, description="embeddings times sqrt(n_embd)")
     kernel: Kernel = Field(
         "auto", description="of attention without a cache: sdpa, tiles, flex, masked; auto: the fastest"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and on what each sublayer adds")
+    without: str | None = Field(
+        None, description="what of a published design is left out here: then no parameters and FLOPs are stated"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,22 +145,18 @@ class ModelConfig(Section):
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
         kinds = set(self.kinds)
-        for key in ("position", "rope_base"):
-            table = getattr(self, key)
-            if isinstance(table, dict):
-                if unknown := set(table) - set(MIXERS):
-                    raise ValueError(f"{key}.{unknown.pop()} is no kind of layer; the kinds are {', '.join(MIXERS)}")
-                if missing := kinds - set(table):
-                    raise ValueError(
-                        f"{key} says nothing of {missing.pop()} layers, which pattern ({self.pattern!r}) has"
-                    )
-        if isinstance(self.position, dict) and "learned" in self.position.values():
-            raise ValueError("position = learned is one table for the whole model, it cannot be given by kind of layer")
+        check_tables(self, kinds)
+        check_patterns(self, kinds)
         for kind in kinds:
-            if self.of_kind("rope_base", kind) <= 0:
-                raise ValueError(f"rope_base ({self.rope_base}) must be above 0")
-            if self.of_kind("position", kind) == "rope" and self.head_width % 2:
-                raise ValueError(f"RoPE rotates pairs: head_dim ({self.head_width}) must be even")
+            check_rope(self, kind)
+        if not self.qk_norm and self.qk_norm_over != "head":
+            raise ValueError(f"qk_norm_over ({self.qk_norm_over}) means nothing with qk_norm = false: leave one out")
+        if self.bias and self.attn_bias:
+            raise ValueError(
+                f"attn_bias ({self.attn_bias}) means nothing with bias = true, which has all: leave one out"
+            )
+        if isinstance(self.window, tuple) and (not self.window or min(self.window) < 1):
+            raise ValueError(f"window ({list(self.window)}) must be one or several numbers of keys, each at least 1")
         if "swa" in kinds and self.window is None:
             raise ValueError(f"pattern ({self.pattern!r}) has swa layers: give window, the number of keys a query sees")
         return self
@@ -109,9 +168,10 @@ class ModelConfig(Section):
         return tuple(words[i % len(words)] for i in range(self.n_layer))
 
     @property
-    def layers(self) -> tuple[AttentionSpec, ...]:
+    def layers(self) -> tuple[MixerSpec, ...]:
         """The expanded pattern: all that each layer's mixer is built from."""
-        return tuple(MIXERS[kind].spec_from(self, kind) for kind in self.kinds)
+        kinds = self.kinds
+        return tuple(MIXERS[kind].spec_from(self, kind, kinds[:i].count(kind)) for i, kind in enumerate(kinds))
 
     @property
     def kv_heads(self) -> int:
@@ -125,7 +185,7 @@ class ModelConfig(Section):
     def mlp_hidden(self) -> int:
         if self.mlp_width is not None:
             return self.mlp_width
-        return -(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
+        return -(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp in GATED else 4 * self.n_embd
 
     @property
     def vocab(self) -> int:
@@ -138,13 +198,50 @@ class ModelConfig(Section):
         value = getattr(self, key)
         return value[kind] if isinstance(value, dict) else value
 
+    def nth_window(self, kind: str, nth: int) -> int | None:
+        """The window of a layer that nth others of its kind come before."""
+        if kind == "strided":
+            return self.sparse_block
+        if kind != "swa":
+            return None
+        return self.window[nth % len(self.window)] if isinstance(self.window, tuple) else self.window
+
+    def sparse(self, kind: str, nth: int) -> Sparse | None:
+        """What a layer sees beside its window."""
+        block = self.sparse_block or 1
+        match kind:
+            case "swa" if self.global_tokens or self.n_random:
+                block = self.nth_window(kind, nth) or 1
+                return Sparse(rule="global", block=block, tokens=self.global_tokens, n_random=self.n_random, seed=nth)
+            case "strided":
+                return Sparse(rule="strided", block=block)
+            case "fixed":
+                return Sparse(rule="fixed", block=block, n_summary=self.n_summary or 0)
+            case "star":
+                return Sparse(rule="star", block=block, context=self.star_context or 0)
+        return None
+
+    def rope(self, kind: str) -> Rope | None:
+        """The rotation of one kind of layer."""
+        if self.of_kind("position", kind) != "rope":
+            return None
+        return Rope(
+            base=self.of_kind("rope_base", kind),
+            width=round(self.of_kind("rope_fraction", kind) * self.head_width),
+            scaling=self.of_kind("rope_scaling", kind),
+            factor=self.of_kind("rope_factor", kind),
+            trained_length=self.rope_trained or 1,
+            whole_ramp=self.rope_whole_ramp,
+        )
+
     def sliding(self, window: int, n_sink: int) -> Self:
         """The same weights with every layer sliding, whatever it was trained as. Raises as building does."""
         return type(self)(**(self.model_dump() | {"window_everywhere": window, "n_sink": n_sink}))
 
     def notes(self) -> Iterator[str]:
         """What is allowed and probably not meant, one line each."""
-        windows = [spec.window for spec in self.layers if spec.window is not None]
+        parts = [part for spec in self.layers for part in getattr(spec, "parts", (spec,))]
+        windows = [part.window for part in parts if isinstance(part, AttentionSpec) and part.window is not None]
         if self.window is not None and "swa" not in self.kinds:
             yield f"window ({self.window}) is used by no layer: pattern ({self.pattern!r}) has no swa"
         if self.n_sink and not windows:
@@ -177,7 +274,7 @@ def expand_pattern(pattern: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-def describe_layers(layers: tuple[AttentionSpec, ...]) -> str:
+def describe_layers(layers: tuple[MixerSpec, ...]) -> str:
     """The expanded layers, short: "swa*5 full"."""
     runs = [(word, len(list(run))) for word, run in groupby(spec.kind for spec in layers)]
     return " ".join(word if n == 1 else f"{word}*{n}" for word, n in runs)

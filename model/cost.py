@@ -3,23 +3,29 @@
 import torch
 
 from model.config import ModelConfig
+from model.errors import UserError
+from model.layers import GATED
 
 
 def n_params(config: ModelConfig) -> int:
-    """Parameters of the whole network; tied embeddings count once."""
+    """Parameters of the whole network; tied embeddings count once. UserError where some of them are left out."""
+    _check_whole(config, "parameters")
     C = config.n_embd
     norm = C * (2 if config.norm == "layernorm" and config.bias else 1)
     embeddings = config.vocab * C * (1 if config.tie_embeddings else 2)
     positions = config.block_size * C if config.position == "learned" else 0
     mixers = sum(spec.n_params for spec in config.layers)
-    return embeddings + positions + mixers + config.n_layer * (_mlp_params(config) + 2 * norm) + norm
+    norms = 1 + config.n_layer * (4 if config.norm_place == "sandwich" else 2)
+    return embeddings + positions + mixers + config.n_layer * _mlp_params(config) + norms * norm
 
 
 def train_flops(config: ModelConfig, T: int) -> int:
     """Forward and backward of one sequence of T tokens, windows counted: what MFU divides by.
 
-    A multiply-add is two; the backward pass is twice the forward; recomputation is not counted.
+    A multiply-add is two; the backward pass is twice the forward; recomputation is not counted. UserError where some of
+    the work is left out.
     """
+    _check_whole(config, "FLOPs")
     mixers = sum(spec.forward_flops(T) for spec in config.layers)
     mlp_weights = _mlp_params(config) - _mlp_biases(config)
     return 3 * (mixers + 2 * T * (config.n_layer * mlp_weights + config.vocab * config.n_embd))
@@ -32,10 +38,18 @@ def cache_bytes(
     return batch_size * sum(spec.cache_bytes(max_length, dtype.itemsize) for spec in config.layers)
 
 
+def _check_whole(config: ModelConfig, what: str) -> None:
+    if config.without is not None:
+        raise UserError(
+            f"{what} are not stated for a design without {config.without} (model.without); "
+            "--model.without none counts what is there"
+        )
+
+
 def _mlp_params(config: ModelConfig) -> int:
-    matrices = 3 if config.mlp == "swiglu" else 2
+    matrices = 3 if config.mlp in GATED else 2
     return matrices * config.n_embd * config.mlp_hidden + _mlp_biases(config)
 
 
 def _mlp_biases(config: ModelConfig) -> int:
-    return config.bias * ((2 if config.mlp == "swiglu" else 1) * config.mlp_hidden + config.n_embd)
+    return config.bias * ((2 if config.mlp in GATED else 1) * config.mlp_hidden + config.n_embd)

@@ -10,32 +10,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attend import kernel_name, prepare
 from model.cache import Cache, LayerState
 from model.config import ModelConfig
 from model.errors import UserError
 from model.layers import MLP, make_norm, to_product_dtype
 from model.loss import cross_entropy
 from model.mixers import MIXERS
-from model.mixers.attention import AttentionSpec
+from model.mixers.contract import MixerSpec
 from model.step import PADDING, Step
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): (B, T, C) -> (B, T, C)."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)): (B, T, C) -> (B, T, C). Norms stand before, after, or both."""
 
-    def __init__(self, config: ModelConfig, spec: AttentionSpec):
+    def __init__(self, config: ModelConfig, spec: MixerSpec):
         super().__init__()
-        C = config.n_embd
-        self.norm_1 = make_norm(config.norm, C, eps=config.norm_eps, bias=config.bias)
-        self.mixer = MIXERS[spec.kind](spec)
-        self.norm_2 = make_norm(config.norm, C, eps=config.norm_eps, bias=config.bias)
-        self.mlp = MLP(config.mlp, C, config.mlp_hidden, config.bias)
+
+        def norm(there: bool) -> nn.Module:
+            if not there:
+                return nn.Identity()
+            return make_norm(config.norm, config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+        before, after = config.norm_place != "post", config.norm_place != "pre"
+        self.norm_1, self.out_norm_1 = norm(before), norm(after)
+        self.mixer = MIXERS[spec.kind](spec)  # type: ignore[arg-type]  # the table says which record is whose
+        self.norm_2, self.out_norm_2 = norm(before), norm(after)
+        self.mlp = MLP(config.mlp, config.n_embd, config.mlp_hidden, config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, step: Step, cache: LayerState | None = None) -> Tensor:
-        x = x + self.dropout(self.mixer(to_product_dtype(self.norm_1(x)), step, cache))
-        return x + self.dropout(self.mlp(to_product_dtype(self.norm_2(x))))
+        x = x + self.dropout(self.out_norm_1(self.mixer(to_product_dtype(self.norm_1(x)), step, cache)))
+        return x + self.dropout(self.out_norm_2(self.mlp(to_product_dtype(self.norm_2(x)))))
 
 
 class GPT(nn.Module):
@@ -83,12 +88,14 @@ class GPT(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):  # a cache holds values, not graphs
             step = self._step(idx, cache, lengths)
             x = self.wte(idx)  # (B, T, C)
+            if self.config.scale_embeddings:
+                x = x * math.sqrt(x.shape[-1])
             if self.wpe is not None:
                 x = x + self.wpe(step.pos.clamp(min=0))
             x = self.dropout(x)
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
             for spec in set(self.config.layers):
-                prepare(spec, step, x.device, dtype)
+                spec.prepare(step, x.device, dtype)
             for i, block in enumerate(self.h):
                 if self.recompute and torch.is_grad_enabled():
                     x = checkpoint(block, x, step, use_reentrant=False)
@@ -98,15 +105,16 @@ class GPT(nn.Module):
                 cache.advance(step)
             if last_only:
                 x = x[:, -1:] if lengths is None else _last_real(x, lengths)  # (B, 1, C)
-            x = self.ln_f(x)
+            x, cap = self.ln_f(x), self.config.logit_softcap
             if targets is not None:
-                return cross_entropy(x, self.lm_head.weight, targets, reduction)
-            return self.lm_head(x)
+                return cross_entropy(x, self.lm_head.weight, targets, reduction, softcap=cap)
+            logits = self.lm_head(x)
+            return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def kernel_names(self, T: int, dtype: torch.dtype) -> str:
         """The attention kernels of training on T tokens, by kind of layer: "swa tiles, full sdpa-causal"."""
         device = self.lm_head.weight.device
-        return ", ".join(dict.fromkeys(f"{s.kind} {kernel_name(s, T, device, dtype)}" for s in self.config.layers))
+        return ", ".join(dict.fromkeys(f"{s.kind} {s.kernel_name(T, device, dtype)}" for s in self.config.layers))
 
     def _step(self, idx: Tensor, cache: Cache | None, lengths: Tensor | None) -> Step:
         """Where the incoming tokens stand: the only place that counts positions."""

@@ -1,11 +1,18 @@
-"""What stands between the mixers: norms, MLPs, rotary positions.
+"""What stands between the mixers: norms and MLPs.
 
-Dimensions: B batch, T time, C n_embd, D head_dim.
+Dimensions: B batch, T time, C n_embd.
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+NormName = Literal["rmsnorm", "rmsnorm+1", "layernorm"]
+MLPName = Literal["swiglu", "geglu", "gelu", "gelu-tanh", "relu2"]
+GATED = {"swiglu": F.silu, "geglu": lambda x: F.gelu(x, approximate="tanh")}
+PLAIN = {"gelu": F.gelu, "gelu-tanh": GATED["geglu"], "relu2": lambda x: F.relu(x).square()}
 
 
 class RMSNorm(nn.Module):
@@ -20,9 +27,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def make_norm(name: str, width: int, *, eps: float, bias: bool) -> nn.Module:
-    """ "rmsnorm" or "layernorm" over the last dimension."""
-    return RMSNorm(width, eps) if name == "rmsnorm" else nn.LayerNorm(width, eps=eps, bias=bias)
+class RMSNormPlusOne(RMSNorm):
+    """The same times 1 + weight, multiplied in float32 (Gemma): weights of 0, which may decay, change nothing."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__(width, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.eps).to(x.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "rmsnorm+1": RMSNormPlusOne}
+
+
+def make_norm(name: NormName, width: int, *, eps: float, bias: bool) -> nn.Module:
+    """A norm over the last dimension; only layernorm may have biases."""
+    return nn.LayerNorm(width, eps=eps, bias=bias) if name == "layernorm" else NORMS[name](width, eps)
 
 
 def to_product_dtype(x: Tensor) -> Tensor:
@@ -32,36 +54,16 @@ def to_product_dtype(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """(B, T, C) -> (B, T, C) through a hidden layer: gelu, squared relu (2109.08668), or swiglu (2002.05202)."""
+    """(B, T, C) -> (B, T, C) through a hidden layer: gelu, squared relu (2109.08668), or gated ones (2002.05202)."""
 
-    def __init__(self, kind: str, width: int, hidden: int, bias: bool):
+    def __init__(self, kind: MLPName, width: int, hidden: int, bias: bool):
         super().__init__()
         self.kind = kind
-        self.c_gate = nn.Linear(width, hidden, bias=bias) if kind == "swiglu" else None
+        self.c_gate = nn.Linear(width, hidden, bias=bias) if kind in GATED else None
         self.c_fc = nn.Linear(width, hidden, bias=bias)
         self.c_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.c_fc(x)
-        if self.c_gate is not None:
-            hidden = F.silu(self.c_gate(x)) * hidden
-        else:
-            hidden = F.gelu(hidden) if self.kind == "gelu" else F.relu(hidden).square()
-        return self.c_proj(hidden)
-
-
-def rope_table(pos: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """(B, T) positions -> cos and sin, each float32 (B, 1, T, D / 2) (2104.09864).
-
-    Angles are float64 where the device has it: at position 10**6 float32 ones are off by 0.02 rad.
-    """
-    wide = torch.float32 if pos.device.type == "mps" else torch.float64
-    exponent = torch.arange(0, head_dim, 2, device=pos.device, dtype=wide) / head_dim
-    angle = pos[:, None, :, None].to(wide) * base**-exponent  # (B, 1, T, D / 2)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, H, T, D) by its positions: the pairs are elements m and m + D / 2."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        if self.c_gate is None:
+            return self.c_proj(PLAIN[self.kind](self.c_fc(x)))
+        return self.c_proj(GATED[self.kind](self.c_gate(x)) * self.c_fc(x))

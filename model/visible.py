@@ -11,8 +11,10 @@ the query's own included        3      x x x x
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from model.step import PADDING
@@ -25,7 +27,17 @@ def visible(q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec) -> Tensor:
     """(B, Tq) and (B, Tk) positions -> bool (B, 1, Tq, Tk), True where the query sees the key: the only definition."""
     q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
     seen = (k >= 0) & sees(q, k, spec.window, spec.n_sink)
+    if spec.sparse is not None:
+        further = (k >= 0) & (k <= q) & spec.sparse.sees(q, k)
+        seen = further if spec.window is None else further | seen
     return seen | ((q == PADDING) & (k == PADDING))  # a row that sees nothing would be NaN on some devices
+
+
+@lru_cache
+def n_visible(spec: AttentionSpec, T: int) -> int:
+    """Visible (query, key) pairs of T tokens, counted."""
+    pos = torch.arange(T)[None]
+    return sum(int(visible(rows, pos, spec).sum()) for rows in pos.split(256, dim=1))
 
 
 def sees(q: Tensor, k: Tensor, window: int | None, n_sink: int) -> Tensor:

@@ -13,7 +13,7 @@ from configs.load import with_options
 from configs.program import exit_with_one_line
 from configs.schema import RunConfig
 from model import cost
-from model.config import describe_layers
+from model.config import ModelConfig, describe_layers
 from model.device import resolve
 from model.errors import UserError
 from model.estimate import train_peak
@@ -42,6 +42,10 @@ def main() -> None:
     if batch_size < 1:
         raise UserError(f"--batch-size ({batch_size}) must be at least 1")
     model, dtype = config.model, resolve("cpu", config.dtype).dtype
+    if model.without is not None:
+        print(f"{describe_layers(model.layers)}, without {model.without}: parameters and training are not stated\n")
+        print_cache(model)
+        return
     parts = train_peak(model, batch_size, dtype, optimizer=config.optim.optimizer, recompute=config.train.recompute)
     shape = f"{batch_size} x {model.block_size} tokens, {str(dtype).removeprefix('torch.')}"
     print(f"{describe_layers(model.layers)}, {cost.n_params(model) / 1e6:.1f} M parameters, {shape}\n")
@@ -49,6 +53,11 @@ def main() -> None:
     for part, n in parts.items():
         print(f"  {part:12}{n / 1e6:14,.1f} MB")
     print(f"  {'peak':12}{sum(parts.values()) / 1e6:14,.1f} MB\n")
+    print_cache(model)
+
+
+def print_cache(model: ModelConfig) -> None:
+    """What a sequence's keys and values need, by its length."""
     print("KV cache of one sequence, bfloat16")
     for n in LENGTHS:
         print(f"  {n:<12,}{cost.cache_bytes(model, n) / 1e6:14,.1f} MB")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.load import load
@@ -24,6 +25,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.memory import PeakMemory
+from model.mixers import MIXERS
 from model.optim import Optimizers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,6 +46,71 @@ SMALL = {
     "n_embd": 20,
     "mlp_width": 28,
 }
+
+
+def by_kind(value: object, **others: object) -> dict[str, object]:
+    """A value for every kind of layer, and others for some."""
+    return dict.fromkeys(MIXERS, value) | others
+
+
+DESIGNS = st.fixed_dictionaries(  # what may stand beside anything else
+    {
+        "n_layer": st.integers(1, 4),
+        "n_kv_head": st.sampled_from([None, 1, 2, 3, 6]),
+        "pattern": st.sampled_from(
+            ["full", "swa", "2:1", "full swa", "linear", "linear*2 swa full", "strided fixed", "star swa", "mswa full"]
+        ),
+        "window": st.one_of(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
+        "n_sink": st.integers(0, 5),
+        "sparse_block": st.integers(2, 5),
+        "n_summary": st.integers(1, 2),
+        "star_context": st.integers(0, 30),
+        "attn_scale": st.sampled_from([None, 0.2]),
+        "attn_softcap": st.sampled_from([None, 1.5]),
+        "logit_softcap": st.sampled_from([None, 2.0]),
+        "sink_logit": st.booleans(),
+        "attn_gate": st.sampled_from(["none", "head", "channel"]),
+        "norm": st.sampled_from(["rmsnorm", "rmsnorm+1", "layernorm"]),
+        "norm_place": st.sampled_from(["pre", "post", "sandwich"]),
+        "mlp": st.sampled_from(["swiglu", "geglu", "gelu", "gelu-tanh", "relu2"]),
+        "tie_embeddings": st.booleans(),
+        "scale_embeddings": st.booleans(),
+    }
+)
+POSITIONS = st.sampled_from(  # of which one excludes another's numbers
+    [
+        {"position": "rope"},
+        {"position": "rope", "rope_fraction": 0.5},
+        {"position": "rope", "rope_scaling": "linear", "rope_factor": 4.0},
+        {"position": "rope", "rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 40, "rope_whole_ramp": True},
+        {
+            "position": by_kind("none", swa="rope"),
+            "rope_scaling": by_kind("none", swa="yarn"),
+            "rope_factor": by_kind(1.0, swa=2.0),
+            "rope_trained": 40,
+        },
+        {"position": by_kind("none", swa="alibi", full="rope")},
+        {"position": "alibi"},
+        {"position": "none"},
+        {"position": "learned", "block_size": 26},
+    ]
+)
+QK_NORMS = st.sampled_from([{"qk_norm": False}, {}, {"qk_norm_over": "projection"}])
+BIASES = st.sampled_from([{}, {"bias": True}, {"attn_bias": "qkv"}, {"attn_bias": "all"}])
+
+
+def design(*parts: dict) -> dict:
+    """The parts together, and as many windows for the heads of mswa layers as fit."""
+    whole = {key: value for part in parts for key, value in part.items()}
+    return whole | {"head_windows": {1: (3,), 3: (2, 7, 4)}.get(whole["n_kv_head"], (2, 5))}
+
+
+def fits(design: dict) -> bool:
+    """Whether what mswa layers exclude is absent."""
+    return "mswa" not in design["pattern"] or (design["position"] != "alibi" and "qk_norm_over" not in design)
+
+
+designs = st.builds(design, DESIGNS, POSITIONS, QK_NORMS, BIASES).filter(fits)
 
 
 def tiny_config(**overrides) -> ModelConfig:
@@ -79,7 +146,8 @@ def cut(sizes: Sequence[int], total: int) -> list[int]:
 
 def tensors_of(cache: Cache) -> list[Tensor]:
     """All tensors that the layers' states hold."""
-    return [x for state in cache.layers for x in vars(state).values() if isinstance(x, Tensor)]
+    states = [part for state in cache.layers for part in getattr(state, "parts", [state])]
+    return [x for state in states for x in vars(state).values() if isinstance(x, Tensor)]
 
 
 @torch.no_grad()

@@ -16,7 +16,16 @@ from model.mixers.attention import AttentionSpec
 from model.step import EMPTY, PADDING
 
 B, H, T, D = 3, 6, 9, 4
+CPU = torch.device("cpu")
 WINDOWS = (None, 1, 2, T - 1, T, T + 1)
+SLOPES = [2.0**-n for n in (2, 4, 6, 8, 1, 3)]  # of 6 heads: those of 4, then every second one of 8
+SHAPED = [
+    {"scale": 0.3},
+    {"softcap": 0.7},
+    {"alibi": True},
+    {"sink_logit": True},
+    {"scale": 0.9, "softcap": 1.5, "alibi": True, "sink_logit": True},
+]
 
 
 def make_spec(**overrides) -> AttentionSpec:
@@ -38,7 +47,15 @@ def sees(q_pos: int, k_pos: int, window: int | None, n_sink: int) -> bool:
     return window is None or k_pos < n_sink or q_pos - k_pos <= window - 1
 
 
-def attend_by_loops(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec) -> Tensor:
+def attend_by_loops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None = None,
+) -> Tensor:
     out = torch.empty_like(q)
     for b in range(q.shape[0]):
         queries, keys = (pos[b if len(pos) > 1 else 0].tolist() for pos in (q_pos, k_pos))
@@ -46,8 +63,14 @@ def attend_by_loops(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tenso
             kv = h * spec.n_kv_head // spec.n_head
             for i, query in enumerate(queries):
                 seen = [j for j, key in enumerate(keys) if sees(query, key, spec.window, spec.n_sink)]
-                scores = torch.stack([q[b, h, i] @ k[b, kv, j] for j in seen]) / math.sqrt(spec.head_dim)
-                weights = scores.exp() / scores.exp().sum()
+                scores = torch.stack([q[b, h, i] @ k[b, kv, j] for j in seen])
+                scores = scores / math.sqrt(spec.head_dim) if spec.scale is None else scores * spec.scale
+                if spec.softcap is not None:
+                    scores = spec.softcap * torch.tanh(scores / spec.softcap)
+                if spec.alibi:
+                    scores = scores - SLOPES[h] * torch.tensor([query - keys[j] for j in seen])
+                sink = 0 if sink_logit is None else sink_logit[h].exp()
+                weights = scores.exp() / (scores.exp().sum() + sink)
                 out[b, h, i] = sum(w * v[b, kv, j] for w, j in zip(weights, seen, strict=True))
     return out
 
@@ -118,6 +141,61 @@ def test_rows_with_their_own_positions_match_loops(window, n_sink):
     )
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("n_kv_head", [6, 2, 1])
+@pytest.mark.parametrize(("window", "n_sink"), [(None, 0), (3, 0), (3, 2)])
+@pytest.mark.parametrize("shape", SHAPED, ids=str)
+def test_shaped_scores_and_gradients_match_loops(shape, window, n_sink, n_kv_head, contiguous):
+    spec = make_spec(window=window, n_sink=n_sink, n_kv_head=n_kv_head, **shape)
+    qkv, pos = make_qkv(spec, rows=2), torch.arange(T)[None]
+    sink = torch.linspace(-1, 2, H).double().requires_grad_() if spec.sink_logit else None
+    assert_same_with_gradients(
+        lambda: attend(*qkv, pos, pos, spec, sink_logit=sink, contiguous=contiguous),
+        lambda: attend_by_loops(*qkv, pos, pos, spec, sink),
+        qkv if sink is None else [*qkv, sink],
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPED, ids=str)
+def test_shaped_scores_of_rows_with_their_own_positions_match_loops(shape):
+    q_pos = torch.tensor([[4, 5], [8, PADDING], [0, 1]])
+    k_pos = torch.tensor([[5, 1, 2, 3, 4, 0, EMPTY], [0, 6, 7, 8, 4, 5, PADDING], [0, 1] + [EMPTY] * 5])
+    spec = make_spec(window=3, n_sink=1, **shape)
+    qkv, sink = make_qkv(spec, 2, 7), torch.linspace(-1, 2, H).double() if spec.sink_logit else None
+    expected = attend_by_loops(*qkv, q_pos, k_pos, spec, sink)
+    assert_equal(attend(*qkv, q_pos, k_pos, spec, sink_logit=sink), expected)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_learned_sink_of_minus_infinity_equals_plain_attention(window, contiguous):
+    spec, pos = make_spec(window=window), torch.arange(T)[None]
+    qkv, never = make_qkv(spec), torch.full((H,), -torch.inf).double()
+    sunk = attend(*qkv, pos, pos, make_spec(window=window, sink_logit=True), sink_logit=never, contiguous=contiguous)
+    assert_equal(sunk, attend(*qkv, pos, pos, spec, contiguous=contiguous))
+
+
+@pytest.mark.parametrize("limit", [1, 60, 1000])
+def test_scores_exist_in_pieces_that_change_nothing(monkeypatch, limit):
+    spec, pos = make_spec(window=4, n_sink=1, softcap=0.7, alibi=True), torch.arange(T).expand(B, -1)
+    qkv = make_qkv(spec)
+    whole = attend(*qkv, pos, pos, spec)
+    monkeypatch.setattr(model.attend, "MASK_ELEMENTS", limit)
+    assert_equal(attend(*qkv, pos, pos, spec), whole)
+
+
+@pytest.mark.parametrize("shape", [{"softcap": 0.7}, {"alibi": True}, {"sink_logit": True}], ids=str)
+def test_shaped_scores_take_a_kernel_that_knows_them(shape):
+    spec = make_spec(window=3, **shape)
+    assert kernel_name(spec, T, CPU, torch.float32) == "tiles"
+    assert kernel_name(spec, T, torch.device("cuda"), torch.bfloat16) == "tiles"
+    assert kernel_name(spec, T, CPU, torch.float32, contiguous=False) == "masked-scores"
+    assert kernel_name(make_spec(kernel="masked", **shape), T, CPU, torch.float32) == "masked-scores"
+    for kernel in ("sdpa", "flex"):
+        with pytest.raises(UserError, match=rf"kernel \({kernel}\) knows no {spec.shapes_scores[0]}: take tiles"):
+            kernel_name(make_spec(kernel=kernel, **shape), T, torch.device("cuda"), torch.bfloat16)
+
+
 def test_a_row_of_positions_serves_all_rows():
     spec = make_spec(window=3)
     qkv, q_pos, k_pos = make_qkv(spec, 4), torch.arange(5, T)[None], torch.arange(T)[None]
@@ -163,9 +241,6 @@ def test_masks_stay_below_their_limit(monkeypatch, sdpa_calls):
     attend(*make_qkv(spec), pos, pos, spec)
     assert len(sdpa_calls) > 1
     assert max(call["attn_mask"].numel() for call in sdpa_calls) <= limit
-
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("n_kv_head", [6, 2])

@@ -5,6 +5,9 @@ from conftest import tiny_config
 from pydantic import ValidationError
 
 from model.config import ModelConfig, describe_layers, expand_pattern
+from model.mixers import MIXERS
+
+WORDS = ", ".join(MIXERS)
 
 
 def refusal(**overrides) -> str:
@@ -12,7 +15,7 @@ def refusal(**overrides) -> str:
     with pytest.raises(ValidationError) as refused:
         tiny_config(**overrides)
     error = refused.value.errors()[0]
-    where = ".".join(str(part) for part in error["loc"])
+    where = error["loc"][0] if error["loc"] else None  # behind the key come pydantic's own words
     return f"{where}: {error['msg']}" if where else error["msg"].removeprefix("Value error, ")
 
 
@@ -33,10 +36,59 @@ def refusal(**overrides) -> str:
         ),
         ({"rope_base": 0.0}, "rope_base (0.0) must be above 0"),
         ({"rope_base": {"full": -2.0}}, "rope_base ({'full': -2.0}) must be above 0"),
-        ({"position": {"fulll": "rope"}}, "position.fulll is no kind of layer; the kinds are full, swa"),
+        (
+            {"position": {"fulll": "rope"}},
+            f"position.fulll is no kind of layer; the kinds are {WORDS}",
+        ),
         (
             {"position": {"full": "rope"}, "pattern": "1:1", "window": 3},
             "position says nothing of swa layers, which pattern ('1:1') has",
+        ),
+        (
+            {"position": "none", "rope_scaling": "linear", "rope_factor": 2.0},
+            "rope_scaling (linear) needs position = rope, and full layers have none",
+        ),
+        (
+            {"position": "alibi", "rope_factor": 2.0},
+            "rope_factor (2.0) needs position = rope, and full layers have alibi",
+        ),
+        (
+            {"position": "learned", "rope_fraction": 0.5},
+            "rope_fraction (0.5) needs position = rope, and full layers have learned",
+        ),
+        ({"rope_fraction": 0.1}, "rope_fraction (0.1) of head_dim (8) must be an even number of dimensions"),
+        ({"rope_fraction": 0.125}, "rope_fraction (0.125) of head_dim (8) must be an even number of dimensions"),
+        ({"rope_fraction": 0.0}, "rope_fraction (0.0) of head_dim (8) must be an even number of dimensions"),
+        ({"rope_fraction": 1.5}, "rope_fraction (1.5) of head_dim (8) must be an even number of dimensions"),
+        (
+            {"rope_factor": 4.0},
+            "rope_factor (4.0) and rope_scaling (none) of full layers: give both, with a factor above 1, or neither",
+        ),
+        (
+            {"rope_scaling": "linear"},
+            "rope_factor (1.0) and rope_scaling (linear) of full layers: give both, with a factor above 1, or neither",
+        ),
+        (
+            {"rope_scaling": "linear", "rope_factor": 0.5},
+            "rope_factor (0.5) and rope_scaling (linear) of full layers: give both, with a factor above 1, or neither",
+        ),
+        (
+            {"rope_scaling": "yarn", "rope_factor": 4.0},
+            "rope_scaling (yarn) needs rope_trained (None), the context that it stretches, "
+            "and a rope_base (10000.0) above 1",
+        ),
+        (
+            {"qk_norm": False, "qk_norm_over": "projection"},
+            "qk_norm_over (projection) means nothing with qk_norm = false: leave one out",
+        ),
+        (
+            {"bias": True, "attn_bias": "qkv"},
+            "attn_bias (qkv) means nothing with bias = true, which has all: leave one out",
+        ),
+        ({"pattern": "swa", "window": ()}, "window ([]) must be one or several numbers of keys, each at least 1"),
+        (
+            {"pattern": "swa", "window": (4, 0)},
+            "window ([4, 0]) must be one or several numbers of keys, each at least 1",
         ),
         (
             {"position": {"full": "learned"}},
@@ -64,9 +116,18 @@ def test_settings_that_do_not_fit_are_refused(overrides, message):
         ("block_size", 0, "greater than or equal to 1"),
         ("vocab_size", 1, "greater than or equal to 2"),
         ("dropout", 1.0, "less than 1"),
+        ("attn_softcap", 0.0, "greater than 0"),
+        ("logit_softcap", -30.0, "greater than 0"),
+        ("attn_scale", 0.0, "greater than 0"),
+        ("rope_trained", 0, "greater than or equal to 1"),
+        ("rope_scaling", "ntk", "'none', 'linear' or 'yarn'"),
+        ("attn_gate", "token", "'none', 'head' or 'channel'"),
+        ("attn_bias", "q", "'qkv' or 'all'"),
+        ("norm_place", "both", "'pre', 'post' or 'sandwich'"),
+        ("qk_norm_over", "token", "'head' or 'projection'"),
         ("norm_eps", 0.0, "greater than 0"),
-        ("norm", "batchnorm", "'rmsnorm' or 'layernorm'"),
-        ("mlp", "relu", "'swiglu', 'gelu' or 'relu2'"),
+        ("norm", "batchnorm", "'rmsnorm', 'rmsnorm+1' or 'layernorm'"),
+        ("mlp", "relu", "'swiglu', 'geglu', 'gelu', 'gelu-tanh' or 'relu2'"),
         ("n_kv_heads", 2, "not permitted"),
         ("bias", "perhaps", "valid boolean"),
     ],
@@ -86,14 +147,23 @@ def test_number_that_is_not_finite_is_refused(key, value):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("sva", "'sva' is no layer; words are full, swa, as \"swa*5 full\"; did you mean swa?"),
-        ("swa ful", "'ful' is no layer; words are full, swa, as \"swa*5 full\"; did you mean full?"),
-        ("full*0", "'full*0' is no layer; words are full, swa, as \"swa*5 full\"; did you mean full?"),
+        (
+            "sva",
+            f"'sva' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean swa?",
+        ),
+        (
+            "swa ful",
+            f"'ful' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean full?",
+        ),
+        (
+            "full*0",
+            f"'full*0' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean full?",
+        ),
         ("swa*-1", "'swa*-1' is no layer"),
         ("swa*", "'swa*' is no layer"),
         ("swa,full", "'swa,full' is no layer"),
-        ("xyz", "'xyz' is no layer; words are full, swa, as \"swa*5 full\""),
-        ("", 'is empty; words are full, swa, as "swa*5 full" or "5:1"'),
+        ("xyz", f"'xyz' is no layer; words are {WORDS}, as \"swa*5 full\""),
+        ("", f'is empty; words are {WORDS}, as "swa*5 full" or "5:1"'),
         ("  ", "is empty"),
     ],
 )
@@ -156,6 +226,25 @@ def test_only_sliding_layers_have_window_and_sinks():
     assert (full.window, full.n_sink) == (None, 0)
 
 
+def test_windows_are_tiled_over_the_sliding_layers():
+    config = tiny_config(pattern="swa*2 full", n_layer=8, window=(3, 5, 9))
+    assert [spec.window for spec in config.layers] == [3, 5, None, 9, 3, None, 5, 9]
+
+
+def test_stretched_positions_by_kind_reach_their_layers():
+    config = tiny_config(
+        pattern="swa full",
+        window=3,
+        rope_scaling={"swa": "none", "full": "yarn"},
+        rope_factor={"swa": 1.0, "full": 8.0},
+        rope_fraction={"swa": 1.0, "full": 0.5},
+        rope_trained=64,
+    )
+    swa, full = config.layers
+    assert (swa.rope.scaling, swa.rope.factor, swa.rope.width) == ("none", 1.0, 8)
+    assert (full.rope.scaling, full.rope.factor, full.rope.width, full.rope.trained_length) == ("yarn", 8.0, 4, 64)
+
+
 def test_tables_by_kind_reach_their_layers():
     swa, full = tiny_config(
         pattern="swa full",
@@ -163,7 +252,7 @@ def test_tables_by_kind_reach_their_layers():
         rope_base={"swa": 100.0, "full": 1e6},
         position={"swa": "rope", "full": "none"},
     ).layers
-    assert (swa.rope_base, full.rope_base) == (100.0, None)
+    assert (swa.rope.base, full.rope) == (100.0, None)
 
 
 def test_odd_head_width_is_fine_where_nothing_rotates():
@@ -175,7 +264,7 @@ def test_sliding_gives_every_layer_the_window_and_its_own_positions(pattern):
     config = tiny_config(pattern=pattern, window=9, rope_base={"swa": 100.0, "full": 1e6})
     slid = config.sliding(4, 2)
     assert [(spec.window, spec.n_sink) for spec in slid.layers] == [(4, 2)] * 2
-    assert [spec.rope_base for spec in slid.layers] == [spec.rope_base for spec in config.layers]
+    assert [spec.rope for spec in slid.layers] == [spec.rope for spec in config.layers]
 
 
 def test_sliding_refuses_what_building_refuses():
@@ -188,6 +277,8 @@ def test_sliding_refuses_what_building_refuses():
     [
         ({}, []),
         ({"pattern": "1:1", "window": 15, "n_sink": 1}, []),
+        ({"pattern": "mswa", "head_windows": (3, 5), "n_sink": 1}, []),
+        ({"pattern": "swa", "window": (3, 9)}, []),
         ({"window": 3}, ["window (3) is used by no layer: pattern ('full') has no swa"]),
         ({"n_sink": 2}, ["n_sink (2) is used by no layer: pattern ('full') has no swa"]),
         (

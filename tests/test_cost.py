@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import random_tokens, tiny_config, tiny_model
+from conftest import designs, random_tokens, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,29 +18,11 @@ from model.mixers.attention import AttentionSpec
 from model.visible import visible
 
 B, T = 3, 13
-SHAPES = st.fixed_dictionaries(
-    {
-        "n_layer": st.integers(1, 4),
-        "n_kv_head": st.sampled_from([None, 1, 2, 3, 6]),
-        "n_embd": st.sampled_from([20, 24]),
-        "head_dim": st.sampled_from([4, 8]),
-        "pattern": st.sampled_from(["full", "swa", "2:1"]),
-        "window": st.integers(1, 20),
-        "n_sink": st.integers(0, 5),
-        "position": st.sampled_from(["rope", "learned", "none"]),
-        "qk_norm": st.booleans(),
-        "norm": st.sampled_from(["rmsnorm", "layernorm"]),
-        "mlp": st.sampled_from(["swiglu", "gelu", "relu2"]),
-        "mlp_width": st.sampled_from([None, 28]),
-        "bias": st.booleans(),
-        "tie_embeddings": st.booleans(),
-    }
-)
 
 
-@given(shape=SHAPES)
-def test_predicted_parameters_are_those_of_the_network(shape):
-    config = tiny_config(**shape)
+@given(shape=designs, n_embd=st.sampled_from([20, 24]), mlp_width=st.sampled_from([None, 28]))
+def test_predicted_parameters_are_those_of_the_network(shape, n_embd, mlp_width):
+    config = tiny_config(**shape, n_embd=n_embd, mlp_width=mlp_width)
     assert n_params(config) == sum(p.numel() for p in GPT(config).parameters())
 
 
@@ -71,7 +53,9 @@ def test_pairs_are_those_that_are_visible(window, n_sink):
 def counted_flops(config: ModelConfig, *, backward: bool) -> int:
     """What PyTorch counts for one batch when attention is two matrix products over all T x T pairs."""
     network, idx = tiny_model(config), random_tokens(B, T)
-    masked = patch.object(model.attend, "kernel_name", lambda *_, **__: "masked")
+    masked = patch.object(
+        model.attend, "kernel_name", lambda spec, *_, **__: "masked-scores" if spec.shapes_scores else "masked"
+    )
     with masked, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         logits = network(idx)
         if backward:
@@ -89,6 +73,12 @@ def hidden_pairs_flops(config: ModelConfig) -> int:
 @pytest.mark.parametrize("pattern", ["full", "swa full"])
 def test_train_flops_are_those_that_pytorch_counts(pattern, n_kv_head, mlp):
     config = tiny_config(pattern=pattern, window=4, n_sink=1, n_kv_head=n_kv_head, mlp=mlp, bias=True)
+    assert B * (train_flops(config, T) + 3 * hidden_pairs_flops(config)) == counted_flops(config, backward=True)
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_train_flops_of_gates_are_those_that_pytorch_counts(gate):
+    config = tiny_config(pattern="swa full", window=4, attn_gate=gate, sink_logit=True, attn_softcap=2.0, mlp="geglu")
     assert B * (train_flops(config, T) + 3 * hidden_pairs_flops(config)) == counted_flops(config, backward=True)
 
 
@@ -123,7 +113,7 @@ def test_cache_bytes_by_hand():
     assert cache_bytes(config, 40, batch_size=5, dtype=torch.float64) == 5 * 2 * slots * 2 * 8 * 8
 
 
-@given(shape=SHAPES, max_length=st.integers(1, 40), batch_size=st.integers(1, 4))
+@given(shape=designs, max_length=st.integers(1, 40), batch_size=st.integers(1, 4))
 def test_predicted_cache_bytes_are_allocated(shape, max_length, batch_size):
     config = tiny_config(**shape)
     cache = GPT(config).new_cache(batch_size, max_length)

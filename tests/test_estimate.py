@@ -11,6 +11,19 @@ from model.optim import make_optimizers
 
 SHAPES = {
     "activations rule": {"n_embd": 96, "block_size": 192, "n_layer": 3, "pattern": "2:1", "window": 20, "n_sink": 2},
+    "shaped scores": {
+        "n_embd": 60,
+        "block_size": 192,
+        "n_layer": 3,
+        "pattern": "2:1",
+        "window": 20,
+        "position": "alibi",
+        "attn_softcap": 9.0,
+        "sink_logit": True,
+        "attn_gate": "channel",
+        "norm_place": "sandwich",
+        "mlp": "geglu",
+    },
     "logits rule": {"vocab_size": 7001, "block_size": 160},
     "weights rule": {"n_embd": 300, "mlp_width": 900, "block_size": 8, "n_layer": 3},
 }

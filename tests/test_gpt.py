@@ -12,7 +12,9 @@ from torch import nn
 from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
-from model.layers import RMSNorm, rope_table, rotate
+from model.layers import RMSNorm, RMSNormPlusOne
+from model.positions import Rope, rotate
+from model.step import Step
 
 B, T = 3, 13
 DEPTH = {"n_layer": 5, "window": 4, "n_sink": 1}
@@ -168,7 +170,8 @@ def test_rope_scores_depend_on_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     pos = torch.tensor([[0, 5, 1000, 10**6]])
-    score = lambda offset: (rotate(q, *rope_table(pos + offset, 8, 1e4)) * rotate(k, *rope_table(pos, 8, 1e4))).sum(-1)
+    table = Rope(base=1e4, width=8).table
+    score = lambda offset: (rotate(q, *table(pos + offset)) * rotate(k, *table(pos))).sum(-1)
     for offset in (0, 3):
         assert_equal(score(offset), score(offset)[..., :1].expand(1, 1, 4), 1e-6)
 
@@ -180,7 +183,7 @@ def test_rope_rotates_the_pairs_of_the_definition():
         angle, u, w = 3 * base ** (-2 * m / 6), x[0, 0, 0, m].item(), x[0, 0, 0, m + 3].item()
         expected[m] = u * math.cos(angle) - w * math.sin(angle)
         expected[m + 3] = w * math.cos(angle) + u * math.sin(angle)
-    assert_equal(rotate(x, *rope_table(pos, 6, base))[0, 0, 0], expected, 1e-6)
+    assert_equal(rotate(x, *Rope(base=base, width=6).table(pos))[0, 0, 0], expected, 1e-6)
 
 
 def test_rmsnorm_divides_by_the_root_of_the_mean_square():
@@ -190,8 +193,59 @@ def test_rmsnorm_divides_by_the_root_of_the_mean_square():
     assert_equal(norm(x).detach(), torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "relu2"])
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_rmsnorm_of_one_more_equals_the_norm_of_its_weight_plus_one():
+    plain, more, x = RMSNorm(6, eps=0.01).double(), RMSNormPlusOne(6, eps=0.01).double(), torch.randn(4, 6).double()
+    assert_equal(more(x).detach(), plain(x).detach())  # both begin as the bare norm
+    nn.init.constant_(more.weight, 0.7), nn.init.constant_(plain.weight, 1.7)
+    assert_equal(more(x).detach(), plain(x).detach())
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_gates_scale_each_head_or_channel_by_a_sigmoid_of_the_layers_input(gate):
+    config = tiny_config(n_layer=1, attn_gate=gate)
+    mixer, step = tiny_model(config).h[0].mixer, Step(pos=torch.arange(T)[None])
+    x, heads = torch.randn(B, T, 20).double(), []
+    mixer.c_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
+    mixer(x, step)
+    weight, mixer.c_gate.weight.data = mixer.c_gate.weight.data, torch.zeros_like(mixer.c_gate.weight)
+    mixer(x, step)  # every gate is half open
+    gates = torch.sigmoid(x @ weight.T)  # (B, T, H) or (B, T, H D)
+    gated, half = (y.unflatten(-1, (6, 8)) for y in heads)
+    assert_equal(gated, 2 * half * gates.view(B, T, 6, -1))
+
+
+def test_query_scale_and_qk_norm_over_the_projection_are_what_they_say():
+    idx = random_tokens(B, T)
+    model = tiny_model(tiny_config(attn_scale=0.05))
+    scaled = same_weights(tiny_config(), model)
+    for block in scaled.h:
+        block.mixer.q_norm.weight.data *= 0.05 * math.sqrt(8)
+    assert_equal(scaled(idx), model(idx))
+    mixer, x = tiny_model(tiny_config(qk_norm_over="projection")).h[0].mixer, torch.randn(B, T, 20).double()
+    q = mixer.c_q(x)
+    rms = (q.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+    assert_equal(mixer.q_norm(q), q / rms * mixer.q_norm.weight)
+    assert (len(mixer.q_norm.weight), len(mixer.k_norm.weight)) == (48, 16)
+
+
+def test_soft_capped_logits_and_their_loss_are_of_the_same_cap():
+    model, idx, targets = tiny_model(tiny_config(logit_softcap=0.8)), random_tokens(B, T), random_tokens(B, T, seed=9)
+    plain = same_weights(tiny_config(), model)(idx)
+    capped = 0.8 * torch.tanh(plain / 0.8)
+    assert_equal(model(idx), capped)
+    expected = nn.functional.cross_entropy(capped.flatten(0, 1), targets.flatten())
+    assert_equal(model(idx, targets).double(), expected, 1e-6)
+
+
+def test_scaled_embeddings_are_longer_by_the_root_of_their_width():
+    model, idx = tiny_model(tiny_config(scale_embeddings=True, tie_embeddings=False)), random_tokens(B, T)
+    longer = same_weights(tiny_config(tie_embeddings=False), model)
+    longer.wte.weight.data *= math.sqrt(20)
+    assert_equal(longer(idx), model(idx))
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "geglu", "gelu", "gelu-tanh", "relu2"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "rmsnorm+1", "layernorm"])
 def test_bf16_autocast_gives_finite_gradients_and_float32_loss(norm, mlp):
     config = tiny_config(pattern="swa full", window=4, norm=norm, mlp=mlp, bias=True)
     model, idx = tiny_model(config, dtype=torch.float32), random_tokens(B, T)

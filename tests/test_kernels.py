@@ -12,6 +12,7 @@ from model.kernels.flex import block_mask
 from model.kernels.tiles import tiles
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
+from model.positions import alibi_slopes
 from model.visible import visible
 
 B, H, K, D = 2, 6, 2, 4
@@ -78,6 +79,34 @@ def test_chosen_kernel_equals_the_masked_form(dtype, window, T):
             assert (actual.double() - expected).norm() <= 0.02 * expected.norm() + 1e-6
 
 
+@pytest.mark.parametrize("limit", [1, 3000, 1 << 22])
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize(("window", "n_sink"), [(5, 2), (29, 0)])
+def test_tiles_of_shaped_scores_equal_the_masked_form(monkeypatch, window, n_sink, kv_heads, limit):
+    monkeypatch.setattr(model.kernels.tiles, "TILE_BYTES", limit)
+    qkv, grad = make_qkv(29, kv_heads=kv_heads)
+    shape = {"scale": 0.8, "softcap": 1.5, "alibi": True, "sink_logit": True}
+    spec, pos = make_spec(window=window, n_sink=n_sink, n_kv_head=kv_heads, **shape), torch.arange(29)[None]
+    inputs = [*qkv, torch.linspace(-1, 2, H).double().requires_grad_()]
+    slopes = alibi_slopes(H, torch.device("cpu"), torch.float64)
+    ours = outputs(tiles(*qkv, window, n_sink, 8, 0.8, 1.5, slopes, inputs[3]), inputs, grad)
+    masked = outputs(attend(*qkv, pos, pos, spec, sink_logit=inputs[3]), inputs, grad)
+    for actual, expected in zip(ours, masked, strict=True):
+        assert_equal(actual, expected)
+
+
+def test_bfloat16_tiles_of_shaped_scores_are_near_the_masked_form():
+    T, shape = 700, {"softcap": 5.0, "alibi": True, "sink_logit": True}
+    qkv, grad = make_qkv(T, dtype=torch.bfloat16)
+    spec, pos = make_spec(window=300, n_sink=4, **shape), torch.arange(T)[None]
+    inputs = [*qkv, torch.linspace(-1, 2, H).requires_grad_()]
+    ours = outputs(attend(*qkv, pos, pos, spec, sink_logit=inputs[3], contiguous=True), inputs, grad)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    masked = outputs(attend(*wide[:3], pos, pos, spec, sink_logit=wide[3]), wide, grad.double())
+    for actual, expected in zip(ours, masked, strict=True):
+        assert (actual.double() - expected).norm() <= 0.02 * expected.norm()
+
+
 def test_tiles_keep_batch_rows_apart():
     inputs, grad = make_qkv(31)
     whole = outputs(tiles(*inputs, 6, 2, 8), inputs, grad)
@@ -90,6 +119,8 @@ def test_tiles_keep_batch_rows_apart():
 def test_tiles_are_one_operator_that_compilers_understand():
     inputs, _ = make_qkv(20)
     torch.library.opcheck(torch.ops.sash.tiles.default, (*inputs, 6, 2, 8))
+    slopes, sink = torch.rand(H).double(), torch.rand(H).double().requires_grad_()
+    torch.library.opcheck(torch.ops.sash.tiles.default, (*inputs, 6, 2, 8, 0.3, 2.0, slopes, sink))
 
 
 def test_tiles_memory_grows_with_the_text_and_not_with_its_square():

@@ -15,6 +15,9 @@ from configs.load import build, from_command_line, load
 from configs.schema import RunConfig
 from model.config import Section
 from model.errors import UserError
+from model.mixers import MIXERS
+
+WORDS = ", ".join(MIXERS)
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -158,7 +161,10 @@ def test_chosen_micro_batches_divide_the_batch_and_are_small(rows, block_size):
         ("[model]\nwindow = 0", "model.window (0): input should be greater than or equal to 1"),
         ("[model]\nwindow = -3", "model.window (-3): input should be greater than or equal to 1"),
         ('[model]\nqk_norm = "perhaps"', "model.qk_norm ('perhaps'): input should be a valid boolean"),
-        ('[model]\nposition = "ropee"', "model.position ('ropee'): input should be 'rope', 'learned' or 'none'"),
+        (
+            '[model]\nposition = "ropee"',
+            "model.position ('ropee'): input should be 'rope', 'learned', 'alibi' or 'none'",
+        ),
         ('[model]\nrope_base = "x"', "model.rope_base ('x'): input should be a valid number"),
         ('[optim]\nschedule = "cosin"', "optim.schedule ('cosin'): input should be 'cosine', 'trapezoid' or 'const"),
         ("[optim]\nweight_decay = nan", "optim.weight_decay (nan): input should be a finite number"),
@@ -195,12 +201,18 @@ def test_a_switch_is_no_number(tmp_path):
         ({"n_embd": 18, "n_head": 2}, "RoPE rotates pairs: head_dim (9) must be even"),
         ({"head_dim": 7}, "RoPE rotates pairs: head_dim (7) must be even"),
         ({"pattern": "swa"}, "pattern ('swa') has swa layers: give window, the number of keys a query sees"),
-        ({"pattern": "swa ful", "window": 2}, "'ful' is no layer; words are full, swa, as \"swa*5 full\"; did you me"),
+        (
+            {"pattern": "swa ful", "window": 2},
+            f"'ful' is no layer; words are {WORDS}, as \"swa*5 full\"; did you me",
+        ),
         ({"pattern": "5:"}, "pattern ('5:'): a ratio is \"a:b\""),
         ({"pattern": "0:0"}, "pattern ('0:0'): a ratio is \"a:b\""),
         ({"pattern": ""}, "pattern ('') is empty"),
         ({"position": {"swa": "rope"}}, "position says nothing of full layers, which pattern ('full') has"),
-        ({"rope_base": {"sliding": 1.0}}, "rope_base.sliding is no kind of layer; the kinds are full, swa"),
+        (
+            {"rope_base": {"sliding": 1.0}},
+            f"rope_base.sliding is no kind of layer; the kinds are {WORDS}",
+        ),
         ({"rope_base": -1.0}, "rope_base (-1.0) must be above 0"),
     ],
 )

@@ -6,8 +6,17 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens, tensors_of, tiny_config, tiny_model
-from hypothesis import given
+from conftest import (
+    assert_equal,
+    designs,
+    logits_in_chunks,
+    logits_ragged,
+    random_tokens,
+    tensors_of,
+    tiny_config,
+    tiny_model,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,7 +35,8 @@ def cases(patterns: Iterable[str], windows: Iterable[int], heads: Iterable[int],
     """A network for each of these and for 0 and 3 sinks, where they change its layers."""
     unique = {}
     for pattern, window, n_kv_head, n_sink in product(patterns, windows, heads, (0, 3)):
-        config = tiny_config(pattern=pattern, window=window, n_sink=n_sink, n_kv_head=n_kv_head, **overrides)
+        sparse = {"sparse_block": 3, "n_summary": 1, "star_context": 8, "head_windows": (2, 5)[: n_kv_head // 2 or 1]}
+        config = tiny_config(pattern=pattern, window=window, n_sink=n_sink, n_kv_head=n_kv_head, **sparse, **overrides)
         name = f"{pattern} W{window} sink{n_sink} kv{n_kv_head}".replace(" ", "-")
         unique.setdefault(config.layers, pytest.param(config, id=name))
     return unique
@@ -35,6 +45,7 @@ def cases(patterns: Iterable[str], windows: Iterable[int], heads: Iterable[int],
 ALONE = cases(MIXERS, WINDOWS, (6, 2, 1))
 TOGETHER = cases(("swa full", "full swa*2"), (W,), (2,), n_layer=3, rope_base=BASES)
 TOGETHER |= cases(("2:1",), (W,), (2,), n_layer=3, position=ROTATED)
+TOGETHER |= cases(("linear*2 swa full",), (W,), (2,), n_layer=4)
 each_mixer = pytest.mark.parametrize("config", (ALONE | TOGETHER).values())
 some_mixers = pytest.mark.parametrize("config", (cases(MIXERS, (W, 1), (2,), n_layer=3) | TOGETHER).values())
 
@@ -214,6 +225,49 @@ def test_pads_are_never_stored(config):
         logits_ragged(network(config), rows, RAGGED, kept, junk_seed=seed)
     for one, other in zip(*map(tensors_of, caches), strict=True):
         assert torch.equal(one, other)
+
+
+@settings(max_examples=100)
+@given(
+    design=designs, sizes=st.lists(st.integers(1, 9), max_size=20), spare=st.integers(0, 7), t=st.integers(1, 2 * T - 1)
+)
+@torch.no_grad()
+def test_every_design_is_causal_and_decodes_as_it_trains_in_the_bytes_predicted(design, sizes, spare, t):
+    config = tiny_config(**design)
+    model, idx = tiny_model(config), random_tokens(2, 2 * T)
+    spare = 0 if config.position == "learned" else spare
+    cache, plain = model.new_cache(2, 2 * T + spare), model(idx)
+    later = torch.cat((idx[:, :t], (idx[:, t:] + 1) % 31), dim=1)
+    assert_equal(model(later)[:, :t], plain[:, :t])
+    assert_equal(model(idx[:, :t]), plain[:, :t])
+    assert_equal(logits_in_chunks(model, idx, sizes, cache), plain)
+    predicted = cache_bytes(config, 2 * T + spare, batch_size=2, dtype=torch.float64)
+    assert predicted == cache.nbytes == sum(x.nbytes for x in tensors_of(cache))
+
+
+@settings(max_examples=100)
+@given(design=designs, prompts=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any))
+def test_ragged_rows_of_every_design_equal_single_rows(design, prompts):
+    model, rows = tiny_model(tiny_config(**design)), random_tokens(3, 2 * T)
+    cache = model.new_cache(3, 2 * T)
+    parts = logits_ragged(model, list(rows), [prompts], cache)
+    n = 2 * T - max(prompts)
+    tails = torch.stack([row[p : p + n] for row, p in zip(rows, prompts, strict=True)])
+    decoded = logits_in_chunks(model, tails, [1, 8], cache)
+    for row, p, part, tail in zip(rows, prompts, parts, decoded, strict=True):
+        assert_equal(torch.cat((*part, tail)), model(row[None, : p + n])[0].detach())
+
+
+@settings(max_examples=100)
+@given(design=designs)
+def test_every_parameter_of_every_design_gets_a_gradient(design):
+    model, idx = tiny_model(tiny_config(**design)), random_tokens(B, T + 1)
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    for name, p in model.named_parameters():
+        blind = any(part in name for part in ("q_norm", "k_norm", "c_q", "c_k"))  # where a query sees one key
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert blind or p.grad.any(), name
 
 
 @each_mixer

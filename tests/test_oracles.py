@@ -43,7 +43,7 @@ def copy_llama(ours: GPT, theirs: nn.Module) -> None:
         put(attention.k_proj, block.mixer.c_k.weight)
         put(attention.v_proj, block.mixer.c_v.weight)
         put(attention.o_proj, block.mixer.c_proj.weight)
-        if block.mixer.spec.qk_norm:
+        if block.mixer.spec.qk_norm != "none":
             put(attention.q_norm, block.mixer.q_norm.weight)
             put(attention.k_norm, block.mixer.k_norm.weight)
         put(layer.post_attention_layernorm, block.norm_2.weight)

@@ -72,7 +72,7 @@ def test_learned_bpe_encodes_as_the_library_that_learned_it():
     corpus = documents[:40]
     library = bpe.learn(corpus, n_ranks=1999)
     ours = make_tokenizer("bpe-2000", lambda: iter(corpus))
-    letter_of = {byte: letter for letter, byte in bpe._byte_of_letter().items()}
+    letter_of = {byte: letter for letter, byte in bpe.byte_of_letter().items()}
     for held_out in (MIXED, PROSE, *documents[40:60]):
         tokens = [ours.decode_bytes([i]) for i in ours.encode(held_out)]
         assert ["".join(letter_of[byte] for byte in token) for token in tokens] == library.encode(held_out).tokens

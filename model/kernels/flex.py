@@ -19,10 +19,10 @@ def block_mask(T: int, window: int | None, n_sink: int, device: torch.device) ->
     return create_block_mask(rule, None, None, T, T, device=device)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
     """(B, H, T, D) over (B, K, T, D) -> (B, H, T, D) through the mask's blocks alone."""
     attention = flex_attention if torch.compiler.is_compiling() else _compiled()
-    return attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache

@@ -7,14 +7,17 @@
 
 Matrix products run in the dtype of q, the softmax in float32 inside, sums over tiles in float32. In bfloat16 the scores
 are rounded before the softmax, which a fused kernel does not do. One custom operator: torch.compile takes it whole.
+A learned sink is one more key: of zeros, with a value of zeros, first among a tile's keys; its score is overwritten.
 
-Dimensions: B batch, H query heads, K KV heads, R = H / K, T time, D head_dim, b block, S sinks, L keys of the band.
+Dimensions: B batch, H query heads, K KV heads, R = H / K, T time, D head_dim, b block, S sinks and
+the learned one, L keys of the band.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.visible import sees
@@ -23,49 +26,91 @@ TILE_BYTES = 4 << 20  # of scores that exist at a time: batch and heads go in pa
 
 
 @torch.library.custom_op("sash::tiles", mutates_args=())
-def tiles(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, block: int) -> Tensor:
-    """(B, H, T, D) over (B, K, T, D) -> (B, H, T, D): each query over its last `window` keys and the first n_sink."""
-    tiling = _Tiling(q.shape[2], window, n_sink, block)
+def tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    n_sink: int,
+    block: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+    sink_logit: Tensor | None = None,
+) -> Tensor:
+    """(B, H, T, D) over (B, K, T, D) -> (B, H, T, D): each query over its last `window` keys and the first n_sink.
+
+    Scores are products times scale (none: 1 / sqrt(D)), capped, less slopes (H,) times the distance; sink_logit (H,)
+    joins the softmax's denominator.
+    """
+    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, sink_logit)
     out = torch.empty_like(q)
-    for out_, q_, k_, v_ in tiling.parts([out, q], [k, v]):
+    for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
         for tile in tiling:
-            p = tiling.probabilities(tile, q_, k_)  # (N, R b, S + L)
+            p = tiling.probabilities(tile, tiling.scores(tile, q_, k_), *heads)  # (N, R b, S + L)
             tile.set_queries(out_, torch.bmm(p, tile.keys(v_)))
+            del p  # before the next tile has its own
     return out
 
 
 @torch.library.custom_op("sash::tiles_backward", mutates_args=())
 def tiles_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; probabilities are computed again, a tile at a time (the idea of 2205.14135)."""
-    tiling = _Tiling(q.shape[2], window, n_sink, block)
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    n_sink: int,
+    block: int,
+    scale: float | None,
+    softcap: float | None,
+    slopes: Tensor | None,
+    sink_logit: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, sink_logit; probabilities are computed again, a tile at a time (the idea of 2205.14135)."""
+    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, sink_logit)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5
-    for dq_, grad_, q_, dk_, dv_, k_, v_ in tiling.parts([dq, grad, q], [dk, dv, k, v]):
+    dsink = q.new_zeros(0) if sink_logit is None else torch.zeros_like(sink_logit)
+    per_head = [slopes, sink_logit, None if sink_logit is None else dsink]
+    for (dq_, grad_, q_), (dk_, dv_, k_, v_), heads in tiling.parts([dq, grad, q], [dk, dv, k, v], per_head):
+        *heads, dsink_ = heads
         sum_k, sum_v = _KeySums(dk_, tiling), _KeySums(dv_, tiling)
         for tile in tiling:
-            p = tiling.probabilities(tile, q_, k_)  # (N, R b, S + L)
+            scores = tiling.scores(tile, q_, k_)
+            slope = None if softcap is None else 1 - (scores / softcap).square_()
+            p = tiling.probabilities(tile, scores, *heads)  # (N, R b, S + L)
+            del scores
             dout = tile.queries(grad_)  # (N, R b, D)
             sum_v.add(tile, torch.bmm(p.transpose(1, 2), dout))
             ds = _softmax_backward(torch.bmm(dout, tile.keys(v_).transpose(1, 2)), p)
-            del p
-            ds *= scale
+            if dsink_ is not None:
+                dsink_ += tile.by_head(ds[..., 0], dsink_).sum(dim=(0, 3), dtype=dsink_.dtype)
+            if slope is not None:
+                ds *= slope
+            del p, slope
+            ds *= tiling.scale
             tile.set_queries(dq_, torch.bmm(ds, tile.keys(k_)))
             sum_k.add(tile, torch.bmm(ds.transpose(1, 2), tile.queries(q_)))
+            del ds
         sum_k.finish()
         sum_v.finish()
-    return dq, dk, dv
+    return dq, dk, dv, dsink
 
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Queries start to stop over keys low to stop and, before those, the first n_sink."""
+    """Queries start to stop over keys low to stop and, before those, the first n_sink; first of all the learned one."""
 
     start: int
     stop: int
     low: int
     n_sink: int
+    learned: bool
+
+    @property
+    def n_before(self) -> int:
+        """Columns before the band."""
+        return self.n_sink + self.learned
 
     def queries(self, x: Tensor) -> Tensor:
         """Its rows of (B, K, R, T, D) -> (N, R b, D), N = B K: the query heads of a KV head share its keys."""
@@ -78,8 +123,22 @@ class _Tile:
 
     def keys(self, x: Tensor) -> Tensor:
         """Its rows of (B, K, T, D) -> (N, S + L, D): the sinks, then the band."""
-        band = x[:, :, self.low : self.stop]
-        return (torch.cat((x[:, :, : self.n_sink], band), dim=2) if self.n_sink else band).flatten(0, 1)
+        keys = x[:, :, self.low : self.stop]
+        if self.n_sink:
+            keys = torch.cat((x[:, :, : self.n_sink], keys), dim=2)
+        if self.learned:
+            keys = F.pad(keys, (0, 0, 1, 0))
+        return keys.flatten(0, 1)
+
+    def by_head(self, x: Tensor, like: Tensor) -> Tensor:
+        """(N, R b, ...) -> (B, K, R, b, ...), for what is (K, R) `like` this."""
+        return x.view(-1, *like.shape, self.stop - self.start, *x.shape[2:])
+
+    def distances(self, like: Tensor) -> Tensor:
+        """(b, S + L) from each query back to each key; to the learned sink none."""
+        pos = torch.arange(self.stop, device=like.device)
+        back = pos[self.start :, None] - torch.cat((pos[: self.n_sink], pos[self.low :]))
+        return (F.pad(back, (1, 0)) if self.learned else back).to(like.dtype)
 
 
 class _KeySums:
@@ -95,10 +154,10 @@ class _KeySums:
 
     def add(self, tile: _Tile, x: Tensor) -> None:
         """x (N, S + L, D) to the keys of the tile."""
-        band = x.view(*self.out.shape[:2], *x.shape[1:])
+        x = x.view(*self.out.shape[:2], *x.shape[1:])
+        band = x[:, :, tile.n_before :]
         if tile.n_sink:
-            self.sinks[:, :, : tile.n_sink] += band[:, :, : tile.n_sink]
-            band = band[:, :, tile.n_sink :]
+            self.sinks[:, :, : tile.n_sink] += x[:, :, tile.learned : tile.n_before]
         n_old = self.stop - tile.low  # keys that earlier tiles have added to
         if self.out.dtype == self.dtype:
             self.out[:, :, tile.low : self.stop] += band[:, :, :n_old]
@@ -121,27 +180,52 @@ class _KeySums:
 
 @dataclass(slots=True)
 class _Tiling:
-    """How the T x T square is cut into tiles."""
+    """How the T x T square is cut into tiles, and what becomes of a tile's products."""
 
     T: int
     window: int
     n_sink: int
     block: int
+    scale: float
+    softcap: float | None
+    learned: bool
     _masks: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        window: int,
+        n_sink: int,
+        block: int,
+        scale: float | None,
+        softcap: float | None,
+        sink_logit: Tensor | None,
+    ) -> "_Tiling":
+        T, D = q.shape[2:]
+        return cls(T, window, n_sink, block, D**-0.5 if scale is None else scale, softcap, sink_logit is not None)
 
     def __iter__(self) -> Iterator[_Tile]:
         for start in range(0, self.T, self.block):
             low = max(0, start - self.window + 1)
-            yield _Tile(start, min(self.T, start + self.block), low, min(self.n_sink, low))
+            yield _Tile(start, min(self.T, start + self.block), low, min(self.n_sink, low), self.learned)
 
-    def parts(self, queries: list[Tensor], keys: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Views of (B, H, T, D) as (B, K, R, T, D) and of (B, K, T, D), as many rows and KV heads as make a tile."""
+    def parts(
+        self, queries: list[Tensor], keys: list[Tensor], per_head: list[Tensor | None]
+    ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor | None]]]:
+        """Views of (B, H, T, D) as (B, K, R, T, D), of (B, K, T, D), and of (H,) as (K, R), or None.
+
+        As many rows and KV heads as make a tile.
+        """
         B, K = keys[0].shape[:2]
-        views = [x.unflatten(1, (K, -1)) for x in queries] + keys
-        rows, heads = self.part(B, K, views[0].shape[2], keys[0].element_size())
+        queries = [x.unflatten(1, (K, -1)) for x in queries]
+        per_head = [x if x is None else x.unflatten(0, (K, -1)) for x in per_head]
+        rows, heads = self.part(B, K, queries[0].shape[2], keys[0].element_size())
         for b in range(0, B, rows):
             for h in range(0, K, heads):
-                yield [x[b : b + rows, h : h + heads] for x in views]
+                here = (slice(b, b + rows), slice(h, h + heads))
+                of_heads = [x if x is None else x[here[1]] for x in per_head]
+                yield [x[here] for x in queries], [x[here] for x in keys], of_heads
 
     def part(self, B: int, K: int, R: int, element_size: int) -> tuple[int, int]:
         """How many rows and KV heads at a time."""
@@ -151,15 +235,23 @@ class _Tiling:
 
     @property
     def keys_of_tile(self) -> int:
-        return min(self.T, self.window + self.block + self.n_sink)
+        return min(self.T, self.window + self.block + self.n_sink) + self.learned
 
-    def probabilities(self, tile: _Tile, q: Tensor, k: Tensor) -> Tensor:
-        """(N, R b, S + L): the softmax over what each query sees."""
-        scores = torch.bmm(tile.queries(q) * q.shape[-1] ** -0.5, tile.keys(k).transpose(1, 2))
+    def scores(self, tile: _Tile, q: Tensor, k: Tensor) -> Tensor:
+        """(N, R b, S + L): products, scaled and capped."""
+        scores = torch.bmm(tile.queries(q) * self.scale, tile.keys(k).transpose(1, 2))
+        return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def probabilities(self, tile: _Tile, scores: Tensor, slopes: Tensor | None, sink_logit: Tensor | None) -> Tensor:
+        """(N, R b, S + L): the softmax over what each query sees. Overwrites the scores."""
+        if slopes is not None:
+            tile.by_head(scores, slopes).addcmul_(slopes[:, :, None, None], tile.distances(scores), value=-1)
         square = scores.unflatten(1, (-1, tile.stop - tile.start))  # (N, R, b, S + L), a view
         newest, oldest = self._edges(tile, scores)
         square[..., -newest.shape[1] :] += newest
-        square[..., tile.n_sink : tile.n_sink + oldest.shape[1]] += oldest
+        square[..., tile.n_before : tile.n_before + oldest.shape[1]] += oldest
+        if sink_logit is not None:
+            tile.by_head(scores[..., 0], sink_logit)[:] = sink_logit[:, :, None]
         return torch.softmax(scores, dim=-1)
 
     def _edges(self, tile: _Tile, like: Tensor) -> list[Tensor]:
@@ -188,27 +280,47 @@ def block_size(window: int, dtype: torch.dtype) -> int:
     return 64
 
 
-def work_bytes(q: Tensor, k: Tensor, window: int, n_sink: int, block: int, *, backward: bool) -> int:
+def work_bytes(
+    q: Tensor,
+    k: Tensor,
+    window: int,
+    n_sink: int,
+    block: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+    sink_logit: Tensor | None = None,
+    *,
+    backward: bool,
+) -> int:
     """What a call holds beside its arguments and results, of shapes alone."""
-    (B, H, T, D), K = q.shape, k.shape[1]
-    tiling = _Tiling(T, window, n_sink, block)
+    (B, H, _, D), K = q.shape, k.shape[1]
+    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, sink_logit)
     rows, heads = tiling.part(B, K, H // K, q.element_size())
-    scores = rows * heads * (H // K) * min(T, block) * tiling.keys_of_tile * q.element_size()
+    largest = max((tile.stop - tile.start) * (tile.n_before + tile.stop - tile.low) for tile in tiling)
+    scores = rows * heads * (H // K) * largest * q.element_size()
     sums = rows * heads * tiling.keys_of_tile * D * max(4, q.element_size())
     if not backward:
         return 2 * scores
-    return 2 * scores + sums * (4 if q.element_size() < 4 else 2)
+    return (2 + (softcap is not None)) * scores + sums * (4 if q.element_size() < 4 else 2)
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    q, k, v, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v)
+    q, k, v, *ctx.numbers, slopes, sink_logit = inputs
+    ctx.save_for_backward(q, k, v, slopes, sink_logit)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *tiles_backward(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None
+    q, k, v, slopes, sink_logit = ctx.saved_tensors
+    *dqkv, dsink = tiles_backward(grad, q, k, v, *ctx.numbers, slopes, sink_logit)
+    return *dqkv, *[None] * len(ctx.numbers), None, None if sink_logit is None else dsink
 
 
 tiles.register_autograd(_backward, setup_context=_save)
-tiles.register_fake(lambda q, k, v, window, n_sink, block: torch.empty_like(q))
-tiles_backward.register_fake(lambda grad, q, k, v, *_: tuple(torch.empty_like(x) for x in (q, k, v)))
+tiles.register_fake(lambda q, *_: torch.empty_like(q))
+tiles_backward.register_fake(
+    lambda grad, q, k, v, *numbers: (
+        *(torch.empty_like(x) for x in (q, k, v)),
+        q.new_empty(0) if numbers[-1] is None else torch.empty_like(numbers[-1]),
+    )
+)

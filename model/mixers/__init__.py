@@ -1,10 +1,16 @@
-"""The table of mixers: a word of the pattern and the module that it builds.
+"""The table of mixers: a word of the pattern and the module that it builds. docs/add-a-mixer.md adds one.
 
-A mixer is a module with `spec_from(config, kind)`, which says all its numbers in a frozen record; `Mixer(spec)`;
+A mixer is a module with `spec_from(config, kind, nth)`, which says all its numbers in a frozen record; `Mixer(spec)`;
 `forward(x, step, cache=None)`, (B, T, C) -> (B, T, C); and `new_cache(batch_size, max_length, device, dtype, rolling)`,
-its own state object (`model.cache.LayerState`). The record counts: `n_params`, `forward_flops`, `cache_bytes`.
+its own state object (`model.cache.LayerState`). The record counts: `model.mixers.contract.MixerSpec`.
 """
 
 from model.mixers.attention import Attention
+from model.mixers.linear import LinearAttention
+from model.mixers.windows import MultiWindowAttention
 
-MIXERS = {"full": Attention, "swa": Attention}
+MIXERS: dict[str, type[Attention | MultiWindowAttention | LinearAttention]] = {
+    **dict.fromkeys(("full", "swa", "strided", "fixed", "star"), Attention),
+    "mswa": MultiWindowAttention,
+    "linear": LinearAttention,
+}

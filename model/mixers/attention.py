@@ -1,5 +1,5 @@
 """Softmax attention: MHA (1706.03762), MQA (1911.02150), GQA (2305.13245), SWA (2004.05150, 2310.06825) and kept sinks
-(2309.17453) are one module and seven numbers.
+(2309.17453) are one module and a record of numbers; so are the published ways of shaping scores and outputs.
 
     query heads  0 1 2 3 4 5      n_head = 6
     KV heads     0 0 1 1 2 2      n_kv_head = 3: query head h reads KV head h // (n_head // n_kv_head)
@@ -10,15 +10,18 @@ Dimensions: B batch, T time, C n_embd, H query heads, K KV heads, D head_dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from model.attend import attend
+from model.attend import attend, kernel_name, prepare
 from model.cache import KVCache, n_slots
-from model.layers import RMSNorm, rope_table, rotate
+from model.layers import NORMS
+from model.positions import Rope, rotate
+from model.sparse import Sparse
 from model.step import Step
+from model.visible import n_visible
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -35,21 +38,52 @@ class AttentionSpec:
     head_dim: int
     window: int | None = None  # keys that a query sees, itself included; None: all
     n_sink: int = 0  # first tokens that stay visible whatever the window
-    rope_base: float | None = None  # None: no rotation
-    qk_norm: bool = False
+    sparse: Sparse | None = None  # what is visible beside the window
+    rope: Rope | None = None  # None: no rotation
+    alibi: bool = False  # scores fall with distance, by a slope of each head's own (2108.12409)
+    scale: float | None = None  # what scores are multiplied by; None: 1 / sqrt(head_dim)
+    softcap: float | None = None  # c: scores are c tanh(scores / c) (2408.00118)
+    sink_logit: bool = False  # a learned logit by head in the softmax's denominator (2508.10925)
+    gate: Literal["none", "head", "channel"] = "none"  # sigmoid gate of the output (2505.06708)
+    qk_norm: Literal["none", "head", "projection"] = "none"  # over a head's width, or all heads' together
+    norm: Literal["rmsnorm", "rmsnorm+1"] = "rmsnorm"  # which one that is
     norm_eps: float = 1e-6
-    bias: bool = False
+    bias: Literal["none", "qkv", "all"] = "none"
     kernel: str = "auto"  # of self-attention without a cache, see model.attend
+
+    @property
+    def shapes_scores(self) -> tuple[str, ...]:
+        """What fused kernels do not know, by its name in a config."""
+        shapes = {"attn_softcap": self.softcap is not None, "alibi": self.alibi, "sink_logit": self.sink_logit}
+        return tuple(name for name, there in shapes.items() if there)
+
+    @property
+    def kept(self) -> int | None:
+        """How far back keys are needed; None: for ever, as where any later query may see them."""
+        return self.window if self.sparse is None else None
+
+    @property
+    def gate_width(self) -> int:
+        return {"none": 0, "head": self.n_head, "channel": self.n_head * self.head_dim}[self.gate]
+
+    @property
+    def norm_widths(self) -> tuple[int, int]:
+        """Of queries and keys."""
+        together = self.qk_norm == "projection"
+        return tuple(self.head_dim * (n if together else 1) for n in (self.n_head, self.n_kv_head))  # type: ignore[return-value]
 
     @property
     def n_params(self) -> int:
         qkv = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         out = self.n_head * self.head_dim
-        weights = self.n_embd * (qkv + out) + 2 * self.head_dim * self.qk_norm
-        return weights + (qkv + self.n_embd) * self.bias
+        biases = {"none": 0, "qkv": qkv, "all": qkv + self.n_embd}[self.bias]
+        norms = 0 if self.qk_norm == "none" else sum(self.norm_widths)
+        return self.n_embd * (qkv + out + self.gate_width) + biases + norms + self.n_head * self.sink_logit
 
     def n_pairs(self, T: int) -> int:
         """Visible (query, key) pairs of one sequence of T tokens: T (T + 1) / 2 when nothing slides."""
+        if self.sparse is not None:
+            return n_visible(self, T)
         if self.window is None or self.window >= T:
             return T * (T + 1) // 2
         W, pairs = self.window, 0
@@ -59,12 +93,18 @@ class AttentionSpec:
 
     def forward_flops(self, T: int) -> int:
         """Of one sequence of T tokens: projections and visible pairs, a multiply-add counted as two."""
-        projections = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
+        projections = self.n_embd * (self.head_dim * (2 * self.n_head + 2 * self.n_kv_head) + self.gate_width)
         return 2 * T * projections + 4 * self.n_pairs(T) * self.n_head * self.head_dim
 
     def cache_bytes(self, max_length: int, element_size: int) -> int:
         """Of one sequence: keys and values of every slot that new_cache allocates."""
-        return 2 * n_slots(self.window, self.n_sink, max_length) * self.n_kv_head * self.head_dim * element_size
+        return 2 * n_slots(self.kept, self.n_sink, max_length) * self.n_kv_head * self.head_dim * element_size
+
+    def kernel_name(self, T: int, device: torch.device, dtype: torch.dtype) -> str:
+        return kernel_name(self, T, device, dtype)
+
+    def prepare(self, step: Step, device: torch.device, dtype: torch.dtype) -> None:
+        prepare(self, step, device, dtype)
 
 
 class Attention(nn.Module):
@@ -73,54 +113,76 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec):
         super().__init__()
         self.spec = spec
-        H, K, D = spec.n_head, spec.n_kv_head, spec.head_dim
-        self.c_q = nn.Linear(spec.n_embd, H * D, bias=spec.bias)  # apart: Muon treats each matrix as one
-        self.c_k = nn.Linear(spec.n_embd, K * D, bias=spec.bias)
-        self.c_v = nn.Linear(spec.n_embd, K * D, bias=spec.bias)
-        self.c_proj = nn.Linear(H * D, spec.n_embd, bias=spec.bias)
-        self.q_norm = RMSNorm(D, spec.norm_eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, spec.norm_eps) if spec.qk_norm else nn.Identity()
+        C, H, K, D = spec.n_embd, spec.n_head, spec.n_kv_head, spec.head_dim
+        qkv_bias, all_bias = spec.bias != "none", spec.bias == "all"
+        self.c_q = nn.Linear(C, H * D, bias=qkv_bias)  # apart: Muon treats each matrix as one
+        self.c_k = nn.Linear(C, K * D, bias=qkv_bias)
+        self.c_v = nn.Linear(C, K * D, bias=qkv_bias)
+        self.c_proj = nn.Linear(H * D, C, bias=all_bias)
+        self.c_gate = nn.Linear(C, spec.gate_width, bias=False) if spec.gate_width else None
+        self.sink_logit = nn.Parameter(torch.zeros(H)) if spec.sink_logit else None
+        if spec.qk_norm != "none":
+            self.q_norm, self.k_norm = (NORMS[spec.norm](width, spec.norm_eps) for width in spec.norm_widths)
 
     @staticmethod
-    def spec_from(config: ModelConfig, kind: str) -> AttentionSpec:
-        """One layer's numbers: `kind` is its word in the pattern."""
-        window = config.window_everywhere or (config.window if kind == "swa" else None)
+    def spec_from(config: ModelConfig, kind: str, nth: int) -> AttentionSpec:
+        """One layer's numbers: `kind` is its word in the pattern, of which nth come before it."""
+        window = config.window_everywhere or config.nth_window(kind, nth)
+        sparse = None if config.window_everywhere else config.sparse(kind, nth)
         return AttentionSpec(
-            kind="full" if window is None else "swa",
+            kind=kind if sparse else "full" if window is None else "swa",
             n_embd=config.n_embd,
             n_head=config.n_head,
             n_kv_head=config.kv_heads,
             head_dim=config.head_width,
             window=window,
-            n_sink=0 if window is None else config.n_sink,
-            rope_base=config.of_kind("rope_base", kind) if config.of_kind("position", kind) == "rope" else None,
-            qk_norm=config.qk_norm,
+            n_sink=config.n_sink if window is not None and (kind == "swa" or not sparse) else 0,
+            sparse=sparse,
+            rope=config.rope(kind),
+            alibi=config.of_kind("position", kind) == "alibi",
+            scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            sink_logit=config.sink_logit,
+            gate=config.attn_gate,
+            qk_norm=config.qk_norm_over if config.qk_norm else "none",
+            norm="rmsnorm+1" if config.norm == "rmsnorm+1" else "rmsnorm",
             norm_eps=config.norm_eps,
-            bias=config.bias,
+            bias="all" if config.bias else config.attn_bias or "none",
             kernel=config.kernel,
         )
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        D = self.spec.head_dim
-        q, k, v = (c(x).view(B, T, -1, D).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))  # (B, H or K, T, D)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if (base := self.spec.rope_base) is not None:
-            cos, sin = step.once(("rope", D, base), lambda: rope_table(step.pos, D, base))
+        spec = self.spec
+        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, H D), (B, T, K D) twice
+        if spec.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.view(B, T, -1, spec.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
+        if spec.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if (rope := spec.rope) is not None:
+            cos, sin = step.once(rope, lambda: rope.table(step.pos))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # stored rotated: a slot's order does not matter
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotations are float32
         k_pos = step.pos
         if cache is not None:
             k, v, k_pos = cache.update(k, v, step)  # (B, K, keys, D)
-        y = attend(q, k, v, step.pos, k_pos, self.spec, contiguous=step.contiguous, shared=step.shared)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+        y = attend(
+            *(q, k, v, step.pos, k_pos, spec),
+            sink_logit=self.sink_logit,
+            contiguous=step.contiguous,
+            shared=step.shared,
+        ).transpose(1, 2)  # (B, T, H, D)
+        if self.c_gate is not None:
+            y = y * torch.sigmoid(self.c_gate(x)).view(B, T, spec.n_head, -1)
+        return self.c_proj(y.flatten(2))
 
     def new_cache(
         self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype, *, rolling: bool = True
     ) -> KVCache:
         """Room for what a sequence of max_length tokens needs; longer ones too, where the window is all it needs."""
         spec = self.spec
-        S = n_slots(spec.window if rolling else None, spec.n_sink, max_length)
+        S = n_slots(spec.kept if rolling else None, spec.n_sink, max_length)
         k, v = (torch.zeros(batch_size, spec.n_kv_head, S, spec.head_dim, device=device, dtype=dtype) for _ in "kv")
-        endless = rolling and spec.window is not None and spec.n_sink + spec.window == S
+        endless = rolling and spec.kept is not None and spec.n_sink + spec.kept == S
         return KVCache(k, v, n_sink=spec.n_sink, max_length=None if endless else max_length)

@@ -1,0 +1,78 @@
+"""How attention knows where its tokens stand: rotations (RoPE, with its stretched forms) and ALiBi's slopes.
+
+Dimensions: B batch, H query heads, T time, D head_dim, d the width that is rotated.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scaling = Literal["none", "linear", "yarn"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary positions (2104.09864), as trained or stretched by `factor`: all its numbers."""
+
+    base: float
+    width: int  # the first dimensions of a head, which are rotated
+    scaling: Scaling = "none"  # linear: positions divided (2306.15595); yarn: slow rotations alone (2309.00071)
+    factor: float = 1.0
+    trained_length: int = 1  # the context before it was stretched
+    whole_ramp: bool = False  # YaRN's ramp begins and ends at whole dimensions, as transformers has it
+
+    def table(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) positions -> cos and sin, each float32 (B, 1, T, d / 2).
+
+        Angles are float64 where the device has it: at position 10**6 float32 ones are off by 0.02 rad.
+        """
+        wide = torch.float32 if pos.device.type == "mps" else torch.float64
+        angle = pos[:, None, :, None].to(wide) * self.frequencies(pos.device, wide)  # (B, 1, T, d / 2)
+        scale = self.temperature
+        return (angle.cos() * scale).float(), (angle.sin() * scale).float()
+
+    def frequencies(self, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(d / 2,) radians by position."""
+        pair = torch.arange(self.width // 2, device=device, dtype=dtype)
+        trained = self.base ** (-2 * pair / self.width)
+        if self.scaling == "yarn":
+            low, high = self.ramp
+            stretched = ((pair - low) / (high - low)).clamp(0, 1)  # how much of each pair
+            return trained * (1 - stretched) + trained / self.factor * stretched
+        return trained / self.factor
+
+    @property
+    def ramp(self) -> tuple[float, float]:
+        """YaRN: pairs below the first turn 32 times and more in the trained context, those above the second once."""
+        low, high = (
+            self.width * math.log(self.trained_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+            for turns in (32, 1)
+        )
+        if self.whole_ramp:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.width - 1)
+        return low, high if high > low else low + 0.001
+
+    @property
+    def temperature(self) -> float:
+        """What YaRN multiplies queries and keys by."""
+        return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, H, T, D) by its positions: the pairs are elements m and m + d / 2 of the first d."""
+    d = 2 * cos.shape[-1]
+    a, b = x[..., :d].chunk(2, dim=-1)
+    rest = (x[..., d:],) if d < x.shape[-1] else ()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1).to(x.dtype)
+
+
+def alibi_slopes(n_head: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(H,) what each head subtracts per token of distance (2108.12409)."""
+    n = 1 << (n_head.bit_length() - 1)  # the next lower power of two, then every second slope of the next higher one
+    own = torch.arange(1, n + 1, device=device, dtype=dtype) * (8 / n)
+    between = (2 * torch.arange(n_head - n, device=device, dtype=dtype) + 1) * (4 / n)
+    return torch.exp2(-torch.cat((own, between)))

@@ -1,0 +1,105 @@
+"""To and from directories of transformers:  python -m scripts.convert export runs/shakespeare --to exported
+
+An exported directory loads with AutoModelForCausalLM and AutoTokenizer, without code of ours; docs/convert.md goes on
+to vLLM and GGUF. An imported one is a run, which generate.py takes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from configs.load import build
+from configs.program import exit_with_one_line
+from configs.run_dir import RunDir
+from configs.schema import RunConfig
+from model import checkpoint
+from model.errors import UserError
+from model.gpt import GPT
+from scripts.convert import directory
+from scripts.convert.families import of_type
+from scripts.convert.fit import fitting
+from scripts.convert.tensors import to_ours, to_theirs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """Write a run as a directory that transformers loads."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's directory, or one of its checkpoints."""
+    to: Path
+    """The directory to make."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """Which checkpoint of the run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Import:
+    """Make a run of a directory that transformers wrote: safetensors and a byte-level BPE tokenizer."""
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """A directory with config.json, model.safetensors or its shards, tokenizer.json."""
+    to: Path
+    """The run's directory to make, as runs/imported."""
+
+
+def export(options: Export) -> None:
+    """Write the directory, whole or not at all."""
+    model, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
+    config = model.config
+    family = fitting(config)
+    state = checkpoint.unique_tensors(model.to(getattr(torch, options.dtype)).state_dict())
+    values = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": options.dtype}
+    with directory.new_directory(options.to) as path:
+        directory.write(
+            path,
+            config=values | family.theirs(config),
+            tensors=to_theirs(state, family.model_type, config.norm_place),
+            tokenizer=tokenizer,
+            max_length=config.block_size,
+        )
+    print(f"{options.to}: {family.architecture}, {options.dtype}")
+
+
+def import_(options: Import) -> None:
+    """Make the run, whole or not at all."""
+    source = options.directory
+    values = directory.read_config(source)
+    family = of_type(values)
+    tokenizer = directory.read_tokenizer(source, name=source.resolve().name)
+    model_values = family.ours(values)
+    run_values = {"name": options.to.name, "out_dir": str(options.to.parent), "model": model_values}
+    block = model_values["block_size"]
+    run_values["train"] = {"global_batch_tokens": -(-8192 // block) * block}
+    config = build(RunConfig, run_values, source=lambda _: f"{source / 'config.json'}: ")
+    if tokenizer.n_vocab > config.model.vocab:
+        raise UserError(f"{source}: the tokenizer has {tokenizer.n_vocab} ids, the model {config.model.vocab}")
+    model = GPT(config.model)
+    expected = checkpoint.unique_tensors(model.state_dict())
+    tensors = to_ours(directory.read_tensors(source), expected, family.model_type, config.model.norm_place)
+    model.load_state_dict(tensors, strict=False)  # tied weights are there once
+    with directory.new_directory(options.to) as path:
+        run = RunDir(path)
+        run.begin(config, {"data": "none", "imported_from": str(source)})
+        saved = checkpoint.save(run.checkpoints, step=0, model=model, state={"progress": {"step": 0}})
+        for name in ("latest", "best"):
+            checkpoint.point(run.checkpoints, name, saved)
+        tokenizer.save(path / "tokenizer.json")
+    print(f"{options.to}: {family.architecture}, go on with python generate.py {options.to}")
+
+
+def main() -> None:
+    commands: dict[str, Callable[..., None]] = {"export": export, "import": import_}
+    tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m scripts.convert", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,93 @@
+"""A directory as transformers keeps models: config.json, safetensors, tokenizer.json."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.exchange import read_tokenizer_json, write_tokenizer_json
+from data.tokenizer import EOT, Tokenizer
+from model.errors import UserError
+from scripts.convert.rope import Values
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `path` when all went well and leaves nothing when not."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty: give another --to")
+    partial = path.with_name(path.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write(path: Path, *, config: Values, tensors: dict[str, Tensor], tokenizer: Tokenizer, max_length: int) -> None:
+    """All that AutoModelForCausalLM and AutoTokenizer need, into an empty directory."""
+    special = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": None}
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    _write_json(path / "config.json", config | special)
+    _write_json(path / "generation_config.json", special)
+    write_tokenizer_json(tokenizer, path / "tokenizer.json")
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    _write_json(path / "tokenizer_config.json", names | {"eos_token": EOT, "bos_token": EOT})
+
+
+def read_config(path: Path) -> Values:
+    """config.json. UserError where there is none."""
+    try:
+        values = json.loads((path / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is no model that transformers wrote: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path / 'config.json'} is no object")
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The weights of one file or of all shards. UserError that names a file that is missing or damaged."""
+    files = [WEIGHTS]
+    if (path / INDEX).is_file():
+        try:
+            files = sorted(set(json.loads((path / INDEX).read_bytes())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{path / INDEX} cannot be read: {error!r}") from None
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if not (path / name).is_file():
+            raise UserError(f"{path / name} is missing: Sash reads safetensors, all files of a model")
+        try:
+            tensors |= load_file(path / name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path / name} cannot be read ({error}): copy it again") from None
+    return tensors
+
+
+def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
+    """Its tokenizer, with the end-of-text token that its files name."""
+    try:
+        said = json.loads((path / "tokenizer_config.json").read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        said = None
+    end = said.get("content") if isinstance(said, dict) else said
+    return read_tokenizer_json(path / "tokenizer.json", name=name, end=end)
+
+
+def _write_json(path: Path, values: Values) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

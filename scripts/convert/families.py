@@ -1,0 +1,267 @@
+"""The classes of transformers that a network may be an instance of: our numbers as theirs, and theirs as ours."""
+
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig
+from model.errors import UserError
+from model.mixers.attention import AttentionSpec
+from scripts.convert.rope import Values, need, our_rope, their_rope
+
+TYPES = {"full": "full_attention", "swa": "sliding_attention"}  # a word of the pattern and their word for it
+MLPS = {  # (theirs, gated) -> ours; gelu_new is the tanh form under an older name
+    ("silu", True): "swiglu",
+    ("gelu_pytorch_tanh", True): "geglu",
+    ("gelu", False): "gelu",
+    ("gelu_new", False): "gelu-tanh",
+    ("gelu_pytorch_tanh", False): "gelu-tanh",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One class of transformers."""
+
+    name: str
+    architecture: str
+    model_type: str
+    activation_key: str = "hidden_act"
+    windows: str = "none"  # sliding layers: none, all of them, or by layer
+    biases: tuple[str, ...] = ()  # of attention_bias and mlp_bias, those it knows
+    own_head_dim: bool = True  # head_dim may be another than hidden_size / heads
+    rope_by_kind: bool = False  # each kind of layer has its own rotation
+    scaled: bool = False  # it says query_pre_attn_scalar
+    softcaps: dict[str, str] = field(default_factory=dict)  # ours -> theirs
+    fixed: Values = field(default_factory=dict)  # what is always so, in our words
+
+    def theirs(self, config: ModelConfig) -> Values:
+        """config.json of this class, as near to ours as it can say."""
+        ropes = {kind: config.rope(kind) for kind in dict.fromkeys(config.kinds)}
+        kinds = ["full" if attention_of(config, i).window is None else "swa" for i in range(config.n_layer)]
+        window = next((w for i in range(config.n_layer) if (w := attention_of(config, i).window) is not None), None)
+        values: Values = {
+            "vocab_size": config.vocab,
+            "hidden_size": config.n_embd,
+            "intermediate_size": config.mlp_hidden,
+            "num_hidden_layers": config.n_layer,
+            "num_attention_heads": config.n_head,
+            "num_key_value_heads": config.kv_heads,
+            "max_position_embeddings": config.block_size,
+            "rms_norm_eps": config.norm_eps,
+            "tie_word_embeddings": config.tie_embeddings,
+            self.activation_key: "silu" if self.fixed.get("mlp") != "geglu" else "gelu_pytorch_tanh",
+        }
+        if self.own_head_dim:
+            values["head_dim"] = config.head_width
+        if "attention_bias" in self.biases:
+            values["attention_bias"] = config.bias or config.attn_bias == "all"
+        if "mlp_bias" in self.biases:
+            values["mlp_bias"] = config.bias
+        if self.windows != "none":
+            values["sliding_window"] = window
+        if self.windows == "by layer":
+            values["layer_types"] = [TYPES[kind] for kind in kinds]
+            if self.model_type == "qwen3":
+                values["use_sliding_window"] = window is not None
+        if self.scaled:
+            values["query_pre_attn_scalar"] = round((attention_of(config, 0).scale or config.head_width**-0.5) ** -2)
+        for ours, key in self.softcaps.items():
+            values[key] = getattr(config, ours)
+        first = next(iter(ropes.values()))
+        if self.rope_by_kind:
+            values["rope_parameters"] = {TYPES[kind]: their_rope(ropes.get(kind, first)) for kind in TYPES}
+        else:
+            values["rope_parameters"] = their_rope(first)
+        return values
+
+    def ours(self, values: Values) -> Values:
+        """What ModelConfig takes. UserError for what it cannot say."""
+        n_layer, n_head, width = (
+            need(values, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+        )
+        types = self._types(values, n_layer)
+        activation = str(values.get(self.activation_key, values.get("hidden_act")))
+        mlp = MLPS.get((activation, True))
+        if mlp is None:
+            raise UserError(f"{self.activation_key} ({activation}) is no activation that Sash knows for {self.name}")
+        attention_bias, mlp_bias = (bool(values.get(key)) for key in ("attention_bias", "mlp_bias"))
+        if (mlp_bias and not attention_bias) or (attention_bias and "attention_bias" not in self.biases):
+            raise UserError(f"attention_bias ({attention_bias}) with mlp_bias ({mlp_bias}) is nothing that Sash has")
+        scale = values.get("query_pre_attn_scalar") if self.scaled else None
+        head_dim = values.get("head_dim") or width // n_head
+        return (
+            {
+                "vocab_size": need(values, "vocab_size"),
+                "block_size": need(values, "max_position_embeddings"),
+                "n_layer": n_layer,
+                "n_head": n_head,
+                "n_kv_head": values.get("num_key_value_heads") or n_head,
+                "n_embd": width,
+                "head_dim": head_dim,
+                "mlp_width": need(values, "intermediate_size"),
+                "mlp": mlp,
+                "norm_eps": values.get("rms_norm_eps", 1e-6),
+                "tie_embeddings": values.get("tie_word_embeddings", self.model_type.startswith("gemma")),
+                "bias": mlp_bias,
+                "attn_bias": "all" if attention_bias and not mlp_bias else None,
+                "attn_scale": None if scale in (None, head_dim) else scale**-0.5,
+                "qk_norm": False,
+                "pattern": _pattern(types),
+                "window": values.get("sliding_window") if "swa" in types else None,
+            }
+            | {ours: values.get(key) for ours, key in self.softcaps.items()}
+            | self._ropes(values, types)
+            | self.fixed
+        )
+
+    def _types(self, values: Values, n_layer: int) -> list[str]:
+        """The word of each layer."""
+        window = values.get("sliding_window")
+        if self.windows == "none" or window is None or values.get("use_sliding_window") is False:
+            return ["full"] * n_layer
+        if self.windows == "all":
+            return ["swa"] * n_layer
+        words = {theirs: ours for ours, theirs in TYPES.items()}
+        types = need(values, "layer_types")
+        if len(types) != n_layer or not words.keys() >= set(types):
+            raise UserError(f"layer_types ({types}) must be {n_layer} of {', '.join(words)}")
+        return [words[word] for word in types]
+
+    def _ropes(self, values: Values, types: list[str]) -> Values:
+        """What the rotations of the kinds of layers are in our words: values that all share, or tables."""
+        parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        base = values.get("rope_theta", 10_000.0)
+        by_kind = {}
+        for kind in dict.fromkeys(types):
+            if TYPES["full"] in parameters:
+                own = parameters[TYPES[kind]]
+            elif self.rope_by_kind and kind == "swa":  # as configs before transformers 5 have it
+                own = {"rope_theta": values.get("rope_local_base_freq", base)}
+            else:
+                own = parameters
+            by_kind[kind] = our_rope({"rope_theta": base} | own)
+        merged: Values = {}
+        for key in dict.fromkeys(key for rope in by_kind.values() for key in rope):
+            table = {kind: rope[key] for kind, rope in by_kind.items() if key in rope}
+            same = len(set(table.values())) == 1
+            if key in ("rope_trained", "rope_whole_ramp") and not same:
+                raise UserError(f"{key} differs by kind of layer ({table}), which Sash does not have")
+            merged[key] = next(iter(table.values())) if same else table
+        return merged
+
+
+GEMMA = {"norm": "rmsnorm+1", "norm_place": "sandwich", "mlp": "geglu", "scale_embeddings": True}
+FAMILIES = (
+    Family(name="Llama", architecture="LlamaForCausalLM", model_type="llama", biases=("attention_bias", "mlp_bias")),
+    Family(name="Mistral", architecture="MistralForCausalLM", model_type="mistral", windows="all"),
+    Family(
+        name="Qwen3",
+        architecture="Qwen3ForCausalLM",
+        model_type="qwen3",
+        windows="by layer",
+        biases=("attention_bias",),
+        fixed={"qk_norm": True},
+    ),
+    Family(
+        name="OLMo 3",
+        architecture="Olmo3ForCausalLM",
+        model_type="olmo3",
+        windows="by layer",
+        biases=("attention_bias",),
+        own_head_dim=False,
+        rope_by_kind=True,
+        fixed={"qk_norm": True, "qk_norm_over": "projection", "norm_place": "post"},
+    ),
+    Family(
+        name="Gemma 2",
+        architecture="Gemma2ForCausalLM",
+        model_type="gemma2",
+        activation_key="hidden_activation",
+        windows="by layer",
+        biases=("attention_bias",),
+        scaled=True,
+        softcaps={"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
+        fixed=GEMMA,
+    ),
+    Family(
+        name="Gemma 3",
+        architecture="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        activation_key="hidden_activation",
+        windows="by layer",
+        biases=("attention_bias",),
+        rope_by_kind=True,
+        scaled=True,
+        softcaps={"logit_softcap": "final_logit_softcapping"},
+        fixed=GEMMA | {"qk_norm": True},
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPT2Family:
+    """GPT-2, which has names of its own for everything."""
+
+    name: str = "GPT-2"
+    architecture: str = "GPT2LMHeadModel"
+    model_type: str = "gpt2"
+
+    def theirs(self, config: ModelConfig) -> Values:
+        return {
+            "vocab_size": config.vocab,
+            "n_positions": config.block_size,
+            "n_embd": config.n_embd,
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_inner": config.mlp_hidden,
+            "activation_function": "gelu" if config.mlp == "gelu" else "gelu_new",
+            "layer_norm_epsilon": config.norm_eps,
+            "tie_word_embeddings": config.tie_embeddings,
+        }
+
+    def ours(self, values: Values) -> Values:
+        activation = values.get("activation_function", "gelu_new")
+        if (activation, False) not in MLPS:
+            raise UserError(f"activation_function ({activation}) is none that Sash knows for GPT-2")
+        for key, usual in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}.items():
+            if values.get(key, usual) != usual:
+                raise UserError(f"{key} ({values[key]}) is nothing that Sash has for GPT-2")
+        return {
+            "vocab_size": need(values, "vocab_size"),
+            "block_size": need(values, "n_positions"),
+            "n_embd": (width := need(values, "n_embd")),
+            "n_layer": need(values, "n_layer"),
+            "n_head": need(values, "n_head"),
+            "mlp_width": values.get("n_inner") or 4 * width,
+            "mlp": MLPS[activation, False],
+            "norm_eps": values.get("layer_norm_epsilon", 1e-5),
+            "tie_embeddings": values.get("tie_word_embeddings", True),
+            "position": "learned",
+            "norm": "layernorm",
+            "bias": True,
+            "qk_norm": False,
+        }
+
+
+ALL: tuple[Family | GPT2Family, ...] = (*FAMILIES, GPT2Family())
+
+
+def of_type(values: Values) -> Family | GPT2Family:
+    """The class that a config.json is of. UserError for one that is not known."""
+    for family in ALL:
+        if values.get("model_type") == family.model_type:
+            return family
+    known = ", ".join(family.model_type for family in ALL)
+    raise UserError(f"model_type ({values.get('model_type')}) is not known; known are {known}")
+
+
+def attention_of(config: ModelConfig, i: int) -> AttentionSpec:
+    """The numbers of one layer, which is attention."""
+    spec = config.layers[i]
+    assert isinstance(spec, AttentionSpec)
+    return spec
+
+
+def _pattern(words: list[str]) -> str:
+    """The shortest pattern that gives these words, tiled."""
+    period = next(n for n in range(1, len(words) + 1) if all(w == words[i % n] for i, w in enumerate(words)))
+    return " ".join(words[:period])

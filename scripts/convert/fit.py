@@ -1,0 +1,69 @@
+"""Which class of transformers a config is an instance of: one from which it comes back the same."""
+
+from model.config import ModelConfig
+from model.errors import UserError
+from model.mixers.attention import AttentionSpec
+from scripts.convert.families import ALL, Family, GPT2Family, attention_of
+from scripts.convert.rope import Values
+
+
+def fitting(config: ModelConfig) -> Family | GPT2Family:
+    """The class that a config is an instance of. UserError that names what the nearest one lacks."""
+    if config.without is not None:
+        raise UserError(f"a design without {config.without} (model.without) is no model that transformers has")
+    if strange := [spec.kind for spec in config.layers if not isinstance(spec, AttentionSpec)]:
+        raise UserError(f"pattern ({config.pattern!r}): no class of transformers has {strange[0]} layers")
+    if config.n_embd % config.n_head:
+        raise UserError(f"n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head}) for transformers")
+    lost = {family.name: _lost(config, family) for family in ALL}
+    nearest = min(ALL, key=lambda family: len(lost[family.name]))
+    if differences := lost[nearest.name]:
+        told = ", ".join(f"{key} ({getattr(config, key)})" for key in differences)
+        raise UserError(f"no class of transformers fits; {nearest.name} comes nearest, and cannot say {told}")
+    return nearest
+
+
+def _lost(config: ModelConfig, family: Family | GPT2Family) -> list[str]:
+    """The settings that do not come back from a class, by name."""
+    before = _traits(config)
+    try:
+        after = _traits(ModelConfig(**family.ours(family.theirs(config))))
+    except (UserError, ValueError):
+        return list(before)  # nothing of it can be said
+    return [key for key in before if before[key] != after[key]]
+
+
+def _traits(config: ModelConfig) -> Values:
+    """All that decides what a network computes, by the settings that say it."""
+    whole = ("n_layer", "n_head", "n_embd", "norm", "norm_place", "norm_eps", "mlp", "bias", "tie_embeddings")
+    plain = ("scale_embeddings", "logit_softcap", "vocab_size", "block_size")
+    numbers = {"n_kv_head": config.kv_heads, "head_dim": config.head_width, "mlp_width": config.mlp_hidden}
+    layers = [_layer_traits(config, attention_of(config, i)) for i in range(config.n_layer)]
+    by_layer = {key: [layer[key] for layer in layers] for key in layers[0]}
+    return {key: getattr(config, key) for key in (*whole, *plain)} | numbers | by_layer
+
+
+def _layer_traits(config: ModelConfig, spec: AttentionSpec) -> Values:
+    rope = spec.rope
+    stretched = rope is not None and rope.scaling == "yarn"
+    return {
+        "position": "rope" if rope else "alibi" if spec.alibi else config.position == "learned",
+        "rope_base": rope and rope.base,
+        "rope_fraction": rope and rope.width,
+        "rope_scaling": rope and rope.scaling,
+        "rope_factor": rope and rope.factor,
+        "rope_trained": rope and stretched and rope.trained_length,
+        "rope_whole_ramp": rope and stretched and rope.whole_ramp,
+        "pattern": spec.kind,
+        "window": spec.window,
+        "global_tokens": spec.sparse and spec.sparse.tokens,
+        "n_random": spec.sparse and spec.sparse.n_random,
+        "n_sink": spec.n_sink,
+        "attn_scale": round(spec.scale or spec.head_dim**-0.5, 12),
+        "attn_softcap": spec.softcap,
+        "sink_logit": spec.sink_logit,
+        "attn_gate": spec.gate,
+        "qk_norm": spec.qk_norm != "none",
+        "qk_norm_over": spec.qk_norm,
+        "attn_bias": spec.bias,
+    }

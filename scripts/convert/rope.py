@@ -1,0 +1,57 @@
+"""A rotation as config.json has it."""
+
+from typing import Any
+
+from model.errors import UserError
+from model.positions import Rope
+
+Values = dict[str, Any]
+
+
+def need(values: Values, key: str) -> Any:
+    """A value that must be there."""
+    if values.get(key) is None:
+        raise UserError(f"config.json does not say {key}")
+    return values[key]
+
+
+def their_rope(rope: Rope | None) -> Values:
+    """Ours as theirs; without one, the plain one that their classes always have."""
+    if rope is None:
+        return {"rope_type": "default", "rope_theta": 10_000.0}
+    values: Values = {"rope_type": "default" if rope.scaling == "none" else rope.scaling, "rope_theta": rope.base}
+    if rope.scaling != "none":
+        values["factor"] = rope.factor
+    if rope.scaling == "yarn":
+        values |= {
+            "original_max_position_embeddings": rope.trained_length,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": rope.whole_ramp,
+        }
+    return values
+
+
+def our_rope(values: Values) -> Values:
+    """Theirs as settings of ModelConfig. UserError for what it does not have."""
+    kind = values.get("rope_type", values.get("type", "default"))
+    ours: Values = {"rope_base": float(values["rope_theta"])}
+    usual: Values = {"partial_rotary_factor": 1.0}
+    match kind:
+        case "default":
+            ours |= {"rope_scaling": "none", "rope_factor": 1.0}
+        case "linear":
+            ours |= {"rope_scaling": "linear", "rope_factor": float(need(values, "factor"))}
+        case "yarn":
+            factor, trained = float(need(values, "factor")), need(values, "original_max_position_embeddings")
+            ours |= {"rope_scaling": "yarn", "rope_factor": factor, "rope_trained": trained}
+            ours |= {"rope_whole_ramp": values.get("truncate", True)}
+            temperature = Rope(base=2.0, width=2, scaling="yarn", factor=factor).temperature
+            usual |= {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": temperature, "mscale": None}
+        case _:
+            raise UserError(f"rope_type ({kind}) is not known; known are default, linear, yarn")
+    for key, value in usual.items():
+        given = values.get(key)
+        if given is not None and (value is None or abs(given - value) > 1e-6):
+            raise UserError(f"{key} ({given}) of the rotation is nothing that Sash has")
+    return ours

@@ -1,0 +1,161 @@
+"""Draw who sees whom, by kind of layer:  python -m scripts.masks configs/presets/gemma3-tiny.toml --to masks.png
+
+With a run, the attention that it pays to a text is drawn beside, the mean over heads and layers of a kind:
+python -m scripts.masks --run runs/shakespeare
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from configs.load import load
+from configs.program import exit_with_one_line
+from configs.run_dir import RunDir
+from data.tokenizer import Tokenizer
+from model.errors import UserError
+from model.gpt import GPT
+from model.mixers.attention import Attention, AttentionSpec
+from model.mixers.contract import MixerSpec
+from model.mixers.windows import MultiWindowSpec
+from model.visible import visible
+
+TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of "
+TEXT += "outrageous fortune, or to take arms against a sea of troubles, and by opposing end them."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Draw who sees whom in each kind of layer of a config or a run."""
+
+    config: Annotated[Path | None, tyro.conf.Positional] = None
+    """A config; or give --run."""
+    run: Path | None = None
+    """A run's directory: its attention is drawn too."""
+    tokens: int = 64
+    """Positions to draw."""
+    text: str = TEXT
+    """With --run: what it reads, as far as it is used."""
+    to: Path = Path("masks.png")
+    """The picture: png, svg or pdf."""
+
+
+def masks(options: Options) -> None:
+    """Write the picture, and say what each kind of layer sees."""
+    if (options.config is None) == (options.run is None):
+        raise UserError("give a config or --run, one of them: see --help")
+    if not 2 <= options.tokens <= 2048:
+        raise UserError(f"--tokens ({options.tokens}) must be from 2 to 2048")
+    if options.run is None:
+        T, paid = options.tokens, {}
+        layers = load(options.config).model.layers
+    else:
+        model, tokenizer = RunDir.of(options.run).load(options.run)
+        layers = model.config.layers
+        paid = attention_paid(model, tokenizer, options)
+        T = len(next(iter(paid.values()))) if paid else options.tokens
+    kinds = {spec: describe(spec, layers) for spec in dict.fromkeys(part for layer in layers for part in parts(layer))}
+    rows = 2 if paid else 1
+    figure = Figure(figsize=(3.2 * len(kinds), 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(kinds), squeeze=False)
+    for column, (spec, name) in enumerate(kinds.items()):
+        draw(axes[0][column], seen(spec, T), name)
+        if paid:
+            weights = paid.get(spec)
+            draw_paid(axes[1][column], None if weights is None else weights.numpy())
+        pairs = int(seen(spec, T).sum())
+        print(f"{name}: {pairs} of {T * (T + 1) // 2} pairs of {T} positions are visible")
+    figure.savefig(options.to, dpi=144)
+    print(options.to)
+
+
+def parts(spec: MixerSpec) -> tuple[MixerSpec, ...]:
+    """What is drawn of a layer: heads whose windows differ, each by itself."""
+    return spec.parts if isinstance(spec, MultiWindowSpec) else (spec,)
+
+
+def seen(spec: MixerSpec, T: int) -> Tensor:
+    """(T, T) which key each query sees; a mixer without keys sees all its past."""
+    pos = torch.arange(T)[None]
+    return visible(pos, pos, spec)[0, 0] if isinstance(spec, AttentionSpec) else torch.ones(T, T).tril() > 0
+
+
+def describe(spec: MixerSpec, layers: tuple[MixerSpec, ...]) -> str:
+    """A layer's kind, its window, and which layers are like it."""
+    like = [str(i) for i, other in enumerate(layers) if spec in parts(other)]
+    window = f", window {spec.window}" if isinstance(spec, AttentionSpec) and spec.window is not None else ""
+    shown = ", ".join(like[:6]) + (", …" if len(like) > 6 else "")
+    return f"{spec.kind}{window} (layer {shown})"
+
+
+@torch.inference_mode()
+def attention_paid(model: GPT, tokenizer: Tokenizer, options: Options) -> dict[MixerSpec, Tensor]:
+    """(T, T) weights of each kind of layer, the mean over its heads and layers, on the text."""
+    ids = tokenizer.encode(options.text)[: options.tokens]
+    if len(ids) < 2:
+        raise UserError(f"--text has {len(ids)} tokens: give at least 2")
+    if model.wpe is not None:
+        ids = ids[: model.config.block_size]
+    found: dict[MixerSpec, list[Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(
+                lambda mixer, args, _: found.setdefault(mixer.spec, []).append(weights_of(mixer, args).mean(dim=0))
+            )
+    model.eval()(torch.tensor([ids]))
+    return {spec: torch.stack(weights).mean(dim=0) for spec, weights in found.items()}
+
+
+def weights_of(mixer: Attention, args: tuple) -> Tensor:
+    """(H, T, T) of one sequence, by whatever kernel runs: the layer again, on values that point at keys, gates open."""
+    T, H, K, D = args[0].shape[1], mixer.spec.n_head, mixer.spec.n_kv_head, mixer.spec.head_dim
+    parts: list[Tensor] = []
+    read = lambda _, inputs: parts.append(inputs[0].view(T, H, D).transpose(0, 1))
+    for start in range(0, T, D):
+        keys = torch.eye(T, T + D)[:, start : start + D]  # (T, D) the next D keys, each in a channel of its own
+        hooks = [
+            mixer.c_v.register_forward_hook(lambda _, __, v, keys=keys: keys.repeat(1, K)[None].to(v)),
+            mixer.c_proj.register_forward_pre_hook(read),
+        ]
+        if mixer.c_gate is not None:
+            hooks.append(mixer.c_gate.register_forward_hook(lambda _, __, g: torch.full_like(g, torch.inf)))
+        try:
+            mixer.forward(*args)  # past its own hooks
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return torch.cat(parts, dim=2)[:, :, :T].float()
+
+
+def draw(axes: Axes, mask: Tensor, title: str) -> None:
+    """Visible pairs dark: queries downwards, keys to the right."""
+    axes.imshow(mask.numpy(), cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest")
+    axes.set_title(title, fontsize=8)
+    axes.set_xlabel("key")
+    axes.set_ylabel("query")
+
+
+def draw_paid(axes: Axes, weights: np.ndarray | None) -> None:
+    """What each query pays to each key, on a logarithmic scale."""
+    if weights is None:
+        axes.axis("off")
+        return
+    image = axes.imshow(np.maximum(weights, 1e-4), cmap="magma", norm=LogNorm(1e-4, 1), interpolation="nearest")
+    axes.set_xlabel("key")
+    axes.set_ylabel("query")
+    axes.figure.colorbar(image, ax=axes, shrink=0.7, label="attention paid")
+
+
+def main() -> None:
+    masks(tyro.cli(Options, prog="python -m scripts.masks", description=__doc__))
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
