@@ -3,6 +3,8 @@
 Dimensions: B batch, T time, C n_embd, D head_dim.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,14 +53,28 @@ class MLP(nn.Module):
 
 
 def rope_table(pos: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """(B, T) positions -> cos and sin, each float32 (B, 1, T, D / 2) (2104.09864).
-
-    Angles are float64 where the device has it: at position 10**6 float32 ones are off by 0.02 rad.
-    """
-    wide = torch.float32 if pos.device.type == "mps" else torch.float64
-    exponent = torch.arange(0, head_dim, 2, device=pos.device, dtype=wide) / head_dim
-    angle = pos[:, None, :, None].to(wide) * base**-exponent  # (B, 1, T, D / 2)
+    """(B, T) positions -> cos and sin, each float32 (B, 1, T, D / 2) (2104.09864)."""
+    device = "cpu" if pos.device.type == "mps" else pos.device  # where there is float64
+    frequency = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    angle = angles(pos[:, None, :, None], frequency)  # (B, 1, T, D / 2)
     return angle.cos().float(), angle.sin().float()
+
+
+def angles(pos: Tensor, frequency: Tensor) -> Tensor:
+    """Integer positions times float64 radians per position, right at any position: float32 is off by 0.02 at 10**6.
+
+    In float64, or in integers on a device that has none.
+    """
+    return pos.double() * frequency if pos.device.type != "mps" else angles_in_integers(pos, frequency)
+
+
+def angles_in_integers(pos: Tensor, frequency: Tensor) -> Tensor:
+    """The same but for whole turns, float32, for positions up to 2**32: a turn is 2**47 parts, kept in int64."""
+    turn = 1 << 47
+    parts = lambda turns: (turns % 1 * turn).round().long().to(pos.device)
+    low, high = parts(frequency / (2 * math.pi)), parts(frequency * (1 << 16) / (2 * math.pi))
+    part = ((pos & 0xFFFF) * low + (pos >> 16) * high) & (turn - 1)  # no product is above 2**63
+    return part.float() * (2 * math.pi / turn)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
