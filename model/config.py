@@ -59,6 +59,9 @@ class ModelConfig(Section):
         "rope", description="how positions enter: rope, learned (whole model), none; or a table by kind of layer"
     )
     rope_base: float | dict[str, float] = Field(10_000.0, description="RoPE base; or a table by kind of layer")
+    rope_in_cache: bool = Field(
+        False, description="sliding layers rotate keys by place in the cache, as StreamingLLM does, not by position"
+    )
     qk_norm: bool = Field(True, description="RMSNorm on each query and key head")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before each sublayer")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
@@ -138,9 +141,10 @@ class ModelConfig(Section):
         value = getattr(self, key)
         return value[kind] if isinstance(value, dict) else value
 
-    def sliding(self, window: int, n_sink: int) -> Self:
+    def sliding(self, window: int, n_sink: int, *, rope_in_cache: bool = False) -> Self:
         """The same weights with every layer sliding, whatever it was trained as. Raises as building does."""
-        return type(self)(**(self.model_dump() | {"window_everywhere": window, "n_sink": n_sink}))
+        changes = {"window_everywhere": window, "n_sink": n_sink, "rope_in_cache": rope_in_cache}
+        return type(self)(**(self.model_dump() | changes))
 
     def notes(self) -> Iterator[str]:
         """What is allowed and probably not meant, one line each."""

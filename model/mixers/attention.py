@@ -9,7 +9,7 @@ Dimensions: B batch, T time, C n_embd, H query heads, K KV heads, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.attend import attend
 from model.cache import KVCache, n_slots
+from model.in_cache import rotate_by_place
 from model.layers import RMSNorm, rope_table, rotate
 from model.step import Step
 
@@ -36,6 +37,7 @@ class AttentionSpec:
     window: int | None = None  # keys that a query sees, itself included; None: all
     n_sink: int = 0  # first tokens that stay visible whatever the window
     rope_base: float | None = None  # None: no rotation
+    rope_in_cache: bool = False  # keys are kept as they are and rotated by place, see model.in_cache
     qk_norm: bool = False
     norm_eps: float = 1e-6
     bias: bool = False
@@ -62,6 +64,11 @@ class AttentionSpec:
         projections = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
         return 2 * T * projections + 4 * self.n_pairs(T) * self.n_head * self.head_dim
 
+    def read_bytes(self, start: int, stop: int, element_size: int, *, rolling: bool = True) -> int:
+        """Of one sequence: keys and values read to decode its tokens start to stop - 1."""
+        spec = self if rolling else replace(self, window=None)
+        return 2 * (spec.n_pairs(stop) - spec.n_pairs(start)) * self.n_kv_head * self.head_dim * element_size
+
     def cache_bytes(self, max_length: int, element_size: int) -> int:
         """Of one sequence: keys and values of every slot that new_cache allocates."""
         return 2 * n_slots(self.window, self.n_sink, max_length) * self.n_kv_head * self.head_dim * element_size
@@ -85,6 +92,7 @@ class Attention(nn.Module):
     def spec_from(config: ModelConfig, kind: str) -> AttentionSpec:
         """One layer's numbers: `kind` is its word in the pattern."""
         window = config.window_everywhere or (config.window if kind == "swa" else None)
+        base = config.of_kind("rope_base", kind) if config.of_kind("position", kind) == "rope" else None
         return AttentionSpec(
             kind="full" if window is None else "swa",
             n_embd=config.n_embd,
@@ -93,7 +101,8 @@ class Attention(nn.Module):
             head_dim=config.head_width,
             window=window,
             n_sink=0 if window is None else config.n_sink,
-            rope_base=config.of_kind("rope_base", kind) if config.of_kind("position", kind) == "rope" else None,
+            rope_base=base,
+            rope_in_cache=config.rope_in_cache and base is not None and window is not None,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             bias=config.bias,
@@ -105,15 +114,18 @@ class Attention(nn.Module):
         D = self.spec.head_dim
         q, k, v = (c(x).view(B, T, -1, D).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))  # (B, H or K, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
-        if (base := self.spec.rope_base) is not None:
+        if (base := self.spec.rope_base) is not None and not self.spec.rope_in_cache:
             cos, sin = step.once(("rope", D, base), lambda: rope_table(step.pos, D, base))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # stored rotated: a slot's order does not matter
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotations are float32
         k_pos = step.pos
         if cache is not None:
             k, v, k_pos = cache.update(k, v, step)  # (B, K, keys, D)
-        y = attend(q, k, v, step.pos, k_pos, self.spec, contiguous=step.contiguous, shared=step.shared)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+        contiguous = step.contiguous and not self.spec.rope_in_cache
+        if self.spec.rope_in_cache:
+            q, k, v = rotate_by_place(q, k, v, k_pos, step, self.spec)  # maybe of 2 D
+        y = attend(q, k, v, step.pos, k_pos, self.spec, contiguous=contiguous, shared=step.shared)[..., :D]
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
     def new_cache(
         self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype, *, rolling: bool = True
