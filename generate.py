@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from itertools import chain, islice
 
 import torch
@@ -44,7 +45,15 @@ def generate(options: Options) -> int:
         n_vocab=tokenizer.n_vocab,
     )
     run = converse if options.interactive else complete
-    return run(model, tokenizer, sampler, options, runtime)
+    try:
+        return run(model, tokenizer, sampler, options, runtime)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU says it
+            raise
+        fewer = "--max-length" if options.interactive else "--max-new-tokens, --num-samples or prompts"
+        raise UserError(
+            f"there is not enough memory: take fewer {fewer}, or --window, with which the cache does not grow"
+        ) from None
 
 
 def load(options: Options, runtime: Runtime) -> tuple[GPT, Tokenizer]:
@@ -101,12 +110,11 @@ def complete(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Option
 
 def converse(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Options, runtime: Runtime) -> int:
     """Continue what the user adds, line by line, in one text of which every token is read once."""
-    rolling = options.cache == "rolling"
-    cache = model.new_cache(1, options.max_length, rolling=rolling)
+    cache = model.new_cache(1, options.max_length, rolling=options.cache == "rolling")
     limit, reached = cache.max_length, f"full layers have room for {options.max_length} tokens (--max-length)"
     if model.wpe is not None and model.config.block_size < (limit or math.inf):
         limit, reached = model.config.block_size, f"the learned positions end at {model.config.block_size} (block_size)"
-    meter = Meter(model, cache, runtime, rolling=rolling)
+    meter = Meter(model, cache, runtime, rolling=options.cache == "rolling")
     seen = sampler.new_seen(1, model.config.vocab, runtime.device)
     unread = read_prompts(options, tokenizer)[0] if options.prompt or options.prompt_file else []
     with reported(meter):
@@ -199,6 +207,8 @@ def check(model: GPT, prompts: list[list[int]], transcript: Transcript, options:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it cannot write all characters
     raise SystemExit(generate(tyro.cli(Options, prog="generate.py", description=__doc__)))
 
 

@@ -12,6 +12,17 @@ from data.tokenizer import Tokenizer
 from model.device import DType
 from model.errors import UserError
 
+LARGEST = 10**15  # for which 64 bits have room to spare
+COUNTS = {
+    "max_new_tokens": (1, LARGEST),
+    "num_samples": (1, 10_000),
+    "top_k": (1, LARGEST),
+    "chunk": (1, LARGEST),
+    "max_length": (2, LARGEST),
+    "window": (1, LARGEST),
+    "n_sink": (0, LARGEST),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -77,18 +88,16 @@ class Options:
     def check_ranges(self) -> None:
         """UserError for a value out of its range, or options that do not go together."""
         allowed = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "num_samples": (self.num_samples >= 1, "at least 1"),
+            name: (value is None or least <= value <= most, f"{least} to {most}")
+            for name, (least, most) in COUNTS.items()
+            for value in [getattr(self, name)]
+        }
+        allowed |= {
             "temperature": (0 <= self.temperature < math.inf, "0 or above"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (self.min_p is None or 0 < self.min_p <= 1, "above 0 and at most 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing"),
             "stop": (all(self.stop), "a text that is not empty"),
-            "chunk": (self.chunk >= 1, "at least 1"),
-            "max_length": (self.max_length >= 2, "at least 2"),
-            "window": (self.window is None or self.window >= 1, "at least 1"),
-            "n_sink": (self.n_sink >= 0, "at least 0"),
         }
         for name, (right, what) in allowed.items():
             if not right:

@@ -185,6 +185,28 @@ def test_positions_in_the_cache_of_a_run_that_rotates_no_keys_are_refused(say):
 # What ends a text from outside.
 
 
+@pytest.mark.parametrize("options", [["--max-new-tokens", 10**14], ["--max-length", 10**14, "--interactive"]])
+def test_a_cache_that_no_memory_can_hold_is_refused(say, options):
+    ended = say("sliding", *options)
+    ended.assert_refused(f"there is not enough memory: take fewer {options[0]}", "or --window")
+    assert ended.out == ""
+
+
+def test_another_failure_is_not_taken_for_a_lack_of_memory(say, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(generate, "stream", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        say("sliding")
+
+
+def test_an_output_that_cannot_write_a_character_writes_another(runs, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    ended = run_program("generate.py", runs / "full", "--prompt", "naïve", "--max-new-tokens", 1, *CPU)
+    assert (ended.code, ended.out[:5]) == (0, "na?ve")
+
+
 def test_an_interrupted_prefill_still_says_what_it_cost(say, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
