@@ -242,8 +242,3 @@ def test_a_closed_pipe_ends_a_real_process_with_one_line(runs):
     assert "decode " in err
     assert "Traceback" not in err
     assert "Exception" not in err
-
-
-def test_a_text_of_a_real_process_is_the_text_of_this_one(say, runs):
-    arguments = ("--prompt", "To be", *LONG)
-    assert run_program("generate.py", runs / "sliding", *arguments, *CPU).out == say("sliding", *arguments).out
