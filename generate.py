@@ -1,196 +1,214 @@
 """Generate text from a trained run:  python generate.py runs/shakespeare --prompt "To be" --max-new-tokens 500
 
-The text goes to standard output as it is made, the statistics to standard error.
+The text goes to standard output as it is made, the statistics to standard error. More in docs/generation.md.
 """
 
-import codecs
 import math
+import signal
 import sys
-import time
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from itertools import chain, islice
 
 import torch
 import tyro
+from torch import Tensor
 
+from configs.generation import Options, read_prompts
 from configs.program import exit_with_one_line, stop_signals
 from configs.run_dir import RunDir
 from data.tokenizer import Tokenizer
-from model.cache import Cache
-from model.device import DType, Runtime, resolve
+from data.transcript import Transcript
+from model.agreement import agreement
+from model.device import Runtime, resolve
 from model.errors import UserError
 from model.gpt import GPT
-from model.memory import device_peak
-from model.sampling import Sampler, stream
+from model.meter import Meter
+from model.sampling import LogProbs, Sampler, pad_right, stream
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest logit
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Generate text from a trained run."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run's directory, or one of its checkpoints."""
-    prompt: str | None = None
-    """What to continue; without one a new document is begun."""
-    prompt_file: Path | None = None
-    """Take the prompt from a file; - is standard input."""
-    max_new_tokens: int = 200
-    """How many tokens to add at most; block_size does not bound it."""
-    temperature: float = 0.8
-    """0 takes the likeliest token each time."""
-    top_k: int | None = None
-    """Draw among the k likeliest only."""
-    top_p: float | None = None
-    """Draw among the likeliest that together reach this probability only."""
-    seed: int = 0
-    """The same seed and prompt give the same text."""
-    stop_at_end: bool = True
-    """Stop where the model ends its document."""
-    cache: Literal["rolling", "full", "none"] = "rolling"
-    """rolling: sliding layers keep their window alone; full: every layer keeps all; none: recompute every token."""
-    window: int | None = None
-    """Decode through a window: every layer slides with it, whatever it was trained as."""
-    n_sink: int = 0
-    """With --window: first tokens that stay visible."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """Which checkpoint of the run."""
-    check: bool = False
-    """Compare the logits with those computed without a cache; exit code 1 beyond what the dtype explains."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    dtype: DType = "auto"
-    """Of weights and cache."""
-
-
 def generate(options: Options) -> int:
     """Print text, then what it cost; return the exit code."""
-    check_options(options)
+    options.check_ranges()
     runtime = resolve(options.device, options.dtype, "off")
     model, tokenizer = load(options, runtime)
-    prompt = read_prompt(options, tokenizer)
-    length = len(prompt) + options.max_new_tokens
-    if model.wpe is not None and length - 1 > (limit := model.config.block_size):  # the last token made is not read
-        room = limit + 1 - len(prompt)
-        advice = f"take --max-new-tokens {room} at most" if room > 0 else "shorten the prompt"
-        raise UserError(
-            f"{len(prompt)} tokens of prompt and {options.max_new_tokens} new ones are more than the {limit} learned "
-            f"positions of this model (block_size): {advice}, or train with position = rope"
-        )
-    cache = None if options.cache == "none" else model.new_cache(1, length, rolling=options.cache == "rolling")
     sampler = Sampler(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
         seed=options.seed,
         n_vocab=tokenizer.n_vocab,
     )
-    idx = torch.tensor([prompt], device=runtime.device)
-    tokens = (int(token) for token in islice(stream(model, cache, idx, sampler), options.max_new_tokens))
-    write = codecs.getincrementaldecoder("utf-8")(errors="replace").decode  # never half a character
-
-    sys.stdout.write(tokenizer.decode(prompt) if prompt != [tokenizer.eot] else "")
-    made: list[int] = []
-    times = [time.perf_counter()]
-    with stop_signals() as stopped:
-        for token in tokens:
-            times.append(time.perf_counter())
-            if stopped or (token == tokenizer.eot and options.stop_at_end):
-                break
-            made.append(token)
-            sys.stdout.write(write(tokenizer.decode_bytes([token])))
-            sys.stdout.flush()
-    print(write(b"", final=True))
-    report(times, len(prompt), cache, runtime)
-    if stopped:
-        return 128 + stopped[0]
-    return check(model, prompt + made, len(prompt), options) if options.check else 0
-
-
-def check_options(options: Options) -> None:
-    """UserError for a value out of its range."""
-    wrong = {
-        "max_new_tokens": options.max_new_tokens < 1,
-        "temperature": not 0 <= options.temperature < math.inf,
-        "top_k": options.top_k is not None and options.top_k < 1,
-        "top_p": options.top_p is not None and not 0 < options.top_p <= 1,
-        "window": options.window is not None and options.window < 1,
-        "n_sink": options.n_sink < 0,
-    }
-    for name, bad in wrong.items():
-        if bad:
-            raise UserError(f"--{name.replace('_', '-')} ({getattr(options, name)}) is out of range, see --help")
-    if options.n_sink and options.window is None:
-        raise UserError(f"--n-sink ({options.n_sink}) means something with --window only: give one")
-    if options.check and options.cache == "none":
-        raise UserError("--check compares a cache with none: take --cache rolling or full")
+    run = converse if options.interactive else complete
+    try:
+        return run(model, tokenizer, sampler, options, runtime)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU says it
+            raise
+        fewer = "--max-length" if options.interactive else "--max-new-tokens, --num-samples or prompts"
+        raise UserError(
+            f"there is not enough memory: take fewer {fewer}, or --window, with which the cache does not grow"
+        ) from None
 
 
 def load(options: Options, runtime: Runtime) -> tuple[GPT, Tokenizer]:
     """The model to decode with, and its tokenizer."""
-    saved, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
-    if options.window is None:
-        return saved.to(runtime.device, runtime.dtype).eval(), tokenizer
-    model = GPT(saved.config.sliding(options.window, options.n_sink))
-    model.load_state_dict(saved.state_dict())
+    model, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
+    if options.window is not None:
+        in_cache = options.positions == "in-cache"
+        config = model.config.sliding(options.window, options.n_sink, rope_in_cache=in_cache)
+        if in_cache and not any(getattr(spec, "rope_in_cache", False) for spec in config.layers):
+            raise UserError("--positions in-cache says how keys are rotated, and no layer of this run rotates them")
+        saved, model = model, GPT(config)
+        model.load_state_dict(saved.state_dict())
     return model.to(runtime.device, runtime.dtype).eval(), tokenizer
 
 
-def read_prompt(options: Options, tokenizer: Tokenizer) -> list[int]:
-    """Token ids to continue; the end-of-text token, after which a new document begins, where no prompt is given."""
-    text = options.prompt
-    if options.prompt_file is not None:
-        if text is not None:
-            raise UserError("--prompt and --prompt-file were both given: take one")
-        try:
-            text = sys.stdin.read() if str(options.prompt_file) == "-" else options.prompt_file.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            where = f"{options.prompt_file} is not UTF-8 at byte {error.start}"
-            raise UserError(f"{where}: convert it, as with iconv -f latin1 -t utf-8") from None
-    if text is None:
-        return [tokenizer.eot]
-    if not text:
-        raise UserError("the prompt is empty: give at least a character, or leave --prompt out to begin a new document")
-    return tokenizer.encode(text)
-
-
-def report(times: list[float], n_prompt: int, cache: Cache | None, runtime: Runtime) -> None:
-    """Speed and memory, to standard error."""
-    lines = []
-    if len(times) > 1:
-        first = times[1] - times[0]
-        lines.append(
-            f"prefill {n_prompt} tokens at {n_prompt / first:.0f} tokens/s, first token after {first * 1e3:.0f} ms"
+def complete(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Options, runtime: Runtime) -> int:
+    """Continue every prompt, and every sample of it, in one batch."""
+    prompts, rolling, n_new = read_prompts(options, tokenizer), options.cache == "rolling", options.max_new_tokens
+    idx, lengths = pad_right(prompts, runtime.device)
+    P = idx.shape[1]
+    if model.wpe is not None and P + n_new - 1 > (limit := model.config.block_size):  # the last one is not read
+        advice = f"take --max-new-tokens {limit + 1 - P} at most" if limit >= P else "shorten the prompt"
+        raise UserError(
+            f"{P} tokens of prompt and {n_new} new ones are more than the {limit} learned positions of this model "
+            f"(block_size): {advice}, or train with position = rope"
         )
-    if len(times) > 2:
-        n, seconds = len(times) - 2, times[-1] - times[1]
-        lines.append(f"decode {n} tokens at {n / seconds:.1f} tokens/s")
-    lines.append("no cache" if cache is None else f"cache {cache.nbytes:,} bytes")
-    method, peak = device_peak(runtime.device)
-    lines.append(f"peak memory {peak / 2**20:.0f} MiB ({method})" if peak else f"peak memory {method}")
-    print("\n" + "\n".join(lines), file=sys.stderr)
+    cache = None if options.cache == "none" else model.new_cache(len(prompts), P + n_new, rolling=rolling)
+    meter = Meter(model, cache, runtime, n_samples=options.num_samples, rolling=rolling)
+    drawn = LogProbs(tokenizer.n_vocab) if options.json else None
+    tokens = stream(
+        *(model, cache, idx, sampler),
+        lengths=lengths,
+        n_samples=options.num_samples,
+        chunk=options.chunk,
+        watch=drawn,
+    )
+    del cache  # where samples part, each has a cache of its own
+    with reported(meter):
+        meter.begin([len(prompt) for prompt in prompts])
+        transcript = Transcript(
+            tokenizer,
+            ["" if prompt == [tokenizer.eot] else tokenizer.decode(prompt) for prompt in prompts],
+            n_samples=options.num_samples,
+            stop=options.stop,
+            stop_at_end=options.stop_at_end,
+            records=options.json,
+            keep=options.check,
+        )
+        stopped = write(islice(tokens, n_new), transcript, meter, drawn)
+    if stopped:
+        return 128 + stopped
+    return check(model, prompts, transcript, options) if options.check else 0
 
 
-@torch.inference_mode()
-def check(model: GPT, ids: list[int], n_prompt: int, options: Options) -> int:
-    """Logits with a cache, a chunk and then token by token, against one pass without; 1 if they differ too much."""
-    idx = torch.tensor([ids], device=model.lm_head.weight.device)
-    cache = model.new_cache(1, len(ids), rolling=options.cache == "rolling")
-    parts = [idx[:, :n_prompt], *idx[:, n_prompt:].split(1, dim=1)]
-    cached = torch.cat([model(part, cache=cache) for part in parts], dim=1)
-    plain = model(idx)
-    difference = (cached - plain).abs().max().item()
-    allowed = TOLERANCE[plain.dtype] * max(1.0, plain.abs().max().item())
-    verdict = "within" if difference <= allowed else "BEYOND"
-    dtype = str(plain.dtype).removeprefix("torch.")
-    print(f"check: logits differ by at most {difference:.2e}, {verdict} the {allowed:.2e} of {dtype}", file=sys.stderr)
-    return 0 if difference <= allowed else 1
+def converse(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Options, runtime: Runtime) -> int:
+    """Continue what the user adds, line by line, in one text of which every token is read once."""
+    cache = model.new_cache(1, options.max_length, rolling=options.cache == "rolling")
+    limit, reached = cache.max_length, f"full layers have room for {options.max_length} tokens (--max-length)"
+    if model.wpe is not None and model.config.block_size < (limit or math.inf):
+        limit, reached = model.config.block_size, f"the learned positions end at {model.config.block_size} (block_size)"
+    meter = Meter(model, cache, runtime, rolling=options.cache == "rolling")
+    seen = sampler.new_seen(1, model.config.vocab, runtime.device)
+    unread = read_prompts(options, tokenizer)[0] if options.prompt or options.prompt_file else []
+    with reported(meter):
+        while (line := ask()) is not None:
+            try:
+                ids = unread + tokenizer.encode(line) or [tokenizer.eot]
+            except UserError as error:
+                print(error, file=sys.stderr)
+                continue
+            n_new = options.max_new_tokens
+            if limit is not None:
+                n_new = min(n_new, limit + 1 - cache.length - len(ids))  # the last one is not read
+            if n_new < 1:
+                print(f"{reached}: {cache.length} are used, {len(ids)} more do not fit", file=sys.stderr)
+                continue
+            idx = torch.tensor([ids], device=runtime.device)
+            meter.begin([len(ids)], past=cache.length)
+            tokens = islice(stream(model, cache, idx, sampler, chunk=options.chunk, seen=seen), n_new)
+            transcript = Transcript(tokenizer, [""], stop=options.stop, stop_at_end=options.stop_at_end, keep=True)
+            if write(tokens, transcript, meter) == signal.SIGTERM:
+                return 128 + signal.SIGTERM
+            made = transcript.rows[0].tokens
+            unread = made[-1:]
+            if len(made) == n_new < options.max_new_tokens:
+                print(f"{reached}, and they are used: begin again", file=sys.stderr)
+    return 0
+
+
+def ask() -> str | None:
+    """A line of the user's, None at the end; at a terminal there is a mark, and lines can be edited."""
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401
+    try:
+        line = input("> " if at_terminal else "")
+        line.encode()  # what is not UTF-8 may have come through as surrogates
+    except EOFError:
+        return None
+    except UnicodeError:
+        raise UserError("standard input is not UTF-8") from None
+    return line
+
+
+def write(tokens: Iterator[Tensor], transcript: Transcript, meter: Meter, drawn: LogProbs | None = None) -> int | None:
+    """Show what is drawn until every text has ended; the signal that came in between, if one did."""
+    try:
+        first = next(tokens)  # Ctrl-C while the prompt is read ends that at once
+        with stop_signals() as stopped:
+            for token in chain([first], tokens):
+                if drawn is None:
+                    ids, logprobs = token.tolist(), None
+                else:  # both in one copy from the device
+                    ids, logprobs = torch.stack((token.float(), drawn.last)).tolist()
+                meter.count(len(transcript.live))
+                transcript.add([int(i) for i in ids], logprobs)
+                if stopped or not transcript.live:
+                    break
+            transcript.finish("interrupted" if stopped else "length")
+    finally:
+        meter.end()
+    return stopped[0] if stopped else None
+
+
+@contextmanager
+def reported(meter: Meter) -> Iterator[None]:
+    """Say on standard error what it cost, where Ctrl-C or a closed pipe ends it too."""
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError):
+        print("", *meter.lines(), sep="\n", file=sys.stderr)
+        raise
+    print("", *meter.lines(), sep="\n", file=sys.stderr)
+
+
+def check(model: GPT, prompts: list[list[int]], transcript: Transcript, options: Options) -> int:
+    """Logits with a cache, as generating computes them, against those without; 1 if they differ too much."""
+    texts = [prompts[row.prompt] + row.tokens for row in transcript.rows]
+    lengths = [len(prompts[row.prompt]) for row in transcript.rows]
+    found = agreement(model, texts, lengths, rolling=options.cache == "rolling", chunk=options.chunk)
+    dtype = model.lm_head.weight.dtype
+    allowed = TOLERANCE[dtype] * max(1.0, found.largest)
+    verdict = f"{'within' if found.difference <= allowed else 'BEYOND'} the {allowed:.2e}"
+    print(
+        f"check: logits differ by at most {found.difference:.2e}, {verdict} of {str(dtype).removeprefix('torch.')}; "
+        f"the likeliest token is the same at {found.n_same} of {found.n_positions}",
+        file=sys.stderr,
+    )
+    return 0 if found.difference <= allowed else 1
 
 
 def main() -> None:
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it cannot write all characters
     raise SystemExit(generate(tyro.cli(Options, prog="generate.py", description=__doc__)))
 
 

@@ -1,5 +1,6 @@
 """What programs share: how they end when their user is wrong, and when they are told to stop."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,10 @@ def exit_with_one_line(main: Callable[[], T]) -> T:
         return main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left in buffers goes when Python ends
+        print(f"{Path(sys.argv[0]).name}: standard output was closed", file=sys.stderr)
+        raise SystemExit(128 + 13) from None  # as SIGPIPE, which Windows does not have
     except OSError as error:
         if error.errno is None:
             raise

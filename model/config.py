@@ -94,6 +94,9 @@ class ModelConfig(Section):
     rope_factor: float | dict[str, float] = Field(
         1.0, description="how many times longer rope_scaling makes the context; or a table by kind of layer"
     )
+    rope_in_cache: bool = Field(
+        False, description="sliding layers rotate keys by place in the cache, as StreamingLLM does, not by position"
+    )
     rope_trained: int | None = Field(None, ge=1, description="context in tokens that yarn stretches")
     rope_whole_ramp: bool = Field(False, description="yarn begins and ends at whole dimensions, as transformers has it")
 
@@ -234,9 +237,10 @@ class ModelConfig(Section):
             whole_ramp=self.rope_whole_ramp,
         )
 
-    def sliding(self, window: int, n_sink: int) -> Self:
+    def sliding(self, window: int, n_sink: int, *, rope_in_cache: bool = False) -> Self:
         """The same weights with every layer sliding, whatever it was trained as. Raises as building does."""
-        return type(self)(**(self.model_dump() | {"window_everywhere": window, "n_sink": n_sink}))
+        changes = {"window_everywhere": window, "n_sink": n_sink, "rope_in_cache": rope_in_cache}
+        return type(self)(**(self.model_dump() | changes))
 
     def notes(self) -> Iterator[str]:
         """What is allowed and probably not meant, one line each."""

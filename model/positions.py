@@ -25,18 +25,15 @@ class Rope:
     whole_ramp: bool = False  # YaRN's ramp begins and ends at whole dimensions, as transformers has it
 
     def table(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) positions -> cos and sin, each float32 (B, 1, T, d / 2).
-
-        Angles are float64 where the device has it: at position 10**6 float32 ones are off by 0.02 rad.
-        """
-        wide = torch.float32 if pos.device.type == "mps" else torch.float64
-        angle = pos[:, None, :, None].to(wide) * self.frequencies(pos.device, wide)  # (B, 1, T, d / 2)
+        """(B, T) positions -> cos and sin, each float32 (B, 1, T, d / 2)."""
+        device = "cpu" if pos.device.type == "mps" else pos.device  # where there is float64
+        angle = angles(pos[:, None, :, None], self.frequencies(device))  # (B, 1, T, d / 2)
         scale = self.temperature
         return (angle.cos() * scale).float(), (angle.sin() * scale).float()
 
-    def frequencies(self, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
-        """(d / 2,) radians by position."""
-        pair = torch.arange(self.width // 2, device=device, dtype=dtype)
+    def frequencies(self, device: torch.device | str | None = None) -> Tensor:
+        """(d / 2,) radians by position, float64."""
+        pair = torch.arange(self.width // 2, device=device, dtype=torch.float64)
         trained = self.base ** (-2 * pair / self.width)
         if self.scaling == "yarn":
             low, high = self.ramp
@@ -60,6 +57,23 @@ class Rope:
     def temperature(self) -> float:
         """What YaRN multiplies queries and keys by."""
         return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
+
+
+def angles(pos: Tensor, frequency: Tensor) -> Tensor:
+    """Integer positions times float64 radians per position, right at any position: float32 is off by 0.02 at 10**6.
+
+    In float64, or in integers on a device that has none.
+    """
+    return pos.double() * frequency if pos.device.type != "mps" else angles_in_integers(pos, frequency)
+
+
+def angles_in_integers(pos: Tensor, frequency: Tensor) -> Tensor:
+    """The same but for whole turns, float32, for positions up to 2**32: a turn is 2**47 parts, kept in int64."""
+    turn = 1 << 47
+    parts = lambda turns: (turns % 1 * turn).round().long().to(pos.device)
+    low, high = parts(frequency / (2 * math.pi)), parts(frequency * (1 << 16) / (2 * math.pi))
+    part = ((pos & 0xFFFF) * low + (pos >> 16) * high) & (turn - 1)  # no product is above 2**63
+    return part.float() * (2 * math.pi / turn)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

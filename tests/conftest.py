@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import generate
 from configs.load import load
 from configs.program import exit_with_one_line
 from configs.run_dir import RunDir
@@ -297,6 +298,48 @@ def unmeasured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unmeasured(unmeasured_speed: None, unmeasured_memory: None) -> None:
     """Runs that measure nothing of the hardware."""
+
+
+# Generating.
+
+CPU = ("--device", "cpu", "--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directories of networks with the same random weights: full, sliding, all sliding, learned positions."""
+    root = tmp_path_factory.mktemp("runs")
+    save_run(root / "full")
+    save_run(root / "sliding", pattern="swa full", window=4, n_sink=1)
+    save_run(root / "swa", pattern="swa", window=3, n_sink=1)
+    save_run(root / "learned", position="learned")
+    return root
+
+
+@pytest.fixture
+def say(program: Program, runs: Path) -> Callable[..., Ended]:
+    """Generate from one of the runs."""
+
+    def call(run: str | Path, *arguments: object) -> Ended:
+        return program(generate.main, runs / run, *arguments, *CPU, name="generate.py")
+
+    return call
+
+
+@pytest.fixture
+def speak(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Let the network say these bytes, and note each piece that is written."""
+
+    def script(content: bytes, *, then: int | None = None) -> list[str]:
+        tokens = [*content] + ([then] if then is not None else [])
+        said = lambda *_, **__: (torch.tensor([token]) for token in [*tokens, *([ord("~")] * 999)])
+        monkeypatch.setattr(generate, "stream", said)
+        written: list[str] = []
+        write = sys.stdout.write
+        monkeypatch.setattr(sys.stdout, "write", lambda x: (written.append(x), write(x))[1])
+        return written
+
+    return script
 
 
 def start_program(*arguments: object, **options) -> subprocess.Popen[str]:

@@ -94,8 +94,6 @@ def test_a_network_that_would_run_as_a_mask_is_refused(tmp_path):
 
 
 GPT2 = {
-    "n_embd": 48,
-    "head_dim": None,
     "position": "learned",
     "norm": "layernorm",
     "mlp": "gelu",
@@ -103,6 +101,7 @@ GPT2 = {
     "qk_norm": False,
     "n_kv_head": None,
 }
+DIVIDED = {"n_embd": 48, "head_dim": None}
 FAMILIES = {
     "GPT2LMHeadModel": GPT2 | {"pattern": "full"},
     "LlamaForCausalLM": {"qk_norm": False, "pattern": "full"},
@@ -113,7 +112,9 @@ FAMILIES = {
 
 @pytest.mark.parametrize(("family", "shape"), FAMILIES.items())
 def test_a_peer_has_our_shape_to_the_parameter(family, shape):
-    config = tiny_config(**{"window": 5, "norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "bias": False} | shape)
+    config = tiny_config(
+        **DIVIDED, **{"window": 5, "norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "bias": False} | shape
+    )
     twin = transformers_twin(config)
     assert type(twin).__name__ == family
     assert sum(p.numel() for p in twin.parameters()) == cost.n_params(config)

@@ -4,11 +4,10 @@ import io
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Ended, run_program, save_run, tiny_config, tiny_model
+from conftest import CPU, SMALL, run_program, save_run, tiny_config, tiny_model
 
 import generate
 from configs.run_dir import RunDir
@@ -18,46 +17,7 @@ from model.cache import KVCache
 from model.optim import Optimizers
 from model.sampling import Sampler, stream
 
-CPU = ("--device", "cpu", "--dtype", "float32")
 BYTE = make_tokenizer("byte")
-SLIDING = {"pattern": "swa full", "window": 4, "n_sink": 1}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """Run directories of networks with the same random weights: full, sliding, all sliding, learned positions."""
-    root = tmp_path_factory.mktemp("runs")
-    save_run(root / "full")
-    save_run(root / "sliding", **SLIDING)
-    save_run(root / "swa", pattern="swa", window=3, n_sink=1)
-    save_run(root / "learned", position="learned")
-    return root
-
-
-@pytest.fixture
-def say(program, runs):
-    """Generate from one of the runs."""
-
-    def call(run: str | Path, *arguments: object) -> Ended:
-        return program(generate.main, runs / run, *arguments, *CPU, name="generate.py")
-
-    return call
-
-
-@pytest.fixture
-def speak(monkeypatch):
-    """Let the network say these bytes, and note each piece that is written."""
-
-    def script(content: bytes, *, then: int | None = None) -> list[str]:
-        tokens = [*content] + ([then] if then is not None else [])
-        said = lambda *_, **__: (torch.tensor([token]) for token in [*tokens, *([ord("~")] * 999)])
-        monkeypatch.setattr(generate, "stream", said)
-        written: list[str] = []
-        write = sys.stdout.write
-        monkeypatch.setattr(sys.stdout, "write", lambda x: (written.append(x), write(x))[1])
-        return written
-
-    return script
 
 
 # The text.
@@ -78,8 +38,11 @@ def test_statistics_go_to_standard_error(say, runs):
     prefill, decode, cache, memory = ended.err.strip().splitlines()
     assert prefill.startswith("prefill 5 tokens at ")
     assert decode.startswith("decode 29 tokens at ")
+    assert decode.endswith(" GB/s of weights and cache")
     config = RunDir(runs / "sliding").config().model
-    assert cache == f"cache {cost.cache_bytes(config, 35, dtype=torch.float32):,} bytes"
+    sliding, full = (spec.cache_bytes(35, 4) for spec in config.layers)
+    assert sliding + full == cost.cache_bytes(config, 35, dtype=torch.float32)
+    assert cache == f"cache {sliding + full:,} bytes: swa {sliding:,}, full {full:,}"
     assert memory.startswith("peak memory ")
     assert "(process)" in memory
 
@@ -172,7 +135,7 @@ def test_a_prompt_may_come_from_a_file(say, tmp_path):
 
 
 def test_a_prompt_may_come_from_standard_input(say, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Grüße 猫"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße 猫".encode())))
     assert say("full", "--prompt-file", "-", "--max-new-tokens", 5).out.startswith("Grüße 猫")
 
 
@@ -234,17 +197,20 @@ def test_a_prompt_longer_than_the_learned_positions_is_refused(say, cache):
 @pytest.mark.parametrize("cache", ["rolling", "full"])
 @pytest.mark.parametrize("run", ["full", "sliding", "swa"])
 def test_check_passes_and_says_the_difference(say, run, cache):
-    ended = say(run, "--prompt", "To be, or not", "--max-new-tokens", 25, "--check", "--cache", cache)
+    ended = say(run, "--prompt", "To be, or not", *LONG, "--check", "--cache", cache)
     assert ended.code == 0
     assert "check: logits differ by at most " in ended.err
-    assert ", within the " in ended.err.splitlines()[-1]
-    assert ended.err.endswith(" of float32\n")
+    verdict = ended.err.splitlines()[-1]
+    assert ", within the " in verdict
+    n = 13 + 25
+    assert verdict.endswith(f" of float32; the likeliest token is the same at {n} of {n}")
 
 
 def test_check_of_a_windowed_network_passes(say):
     assert say("full", "--prompt", "To be, or not", "--window", 3, "--n-sink", 2, "--check").code == 0
 
 
+LONG = ("--max-new-tokens", 25, "--no-stop-at-end")
 BROKEN = {
     "values": lambda k, v, pos: (k, v * 1.01, pos),
     "keys": lambda k, v, pos: (k * 1.01, v, pos),
@@ -257,7 +223,7 @@ BROKEN = {
 def test_check_finds_a_cache_that_is_broken(say, monkeypatch, broken):
     update = KVCache.update
     monkeypatch.setattr(KVCache, "update", lambda self, k, v, step: BROKEN[broken](*update(self, k, v, step)))
-    ended = say("sliding", "--prompt", "To be, or not", "--max-new-tokens", 25, "--check", "--no-stop-at-end")
+    ended = say("sliding", "--prompt", "To be, or not", *LONG, "--check")
     assert ended.code == 1
     assert "BEYOND" in ended.err.splitlines()[-1]
 
@@ -305,7 +271,7 @@ def test_ids_that_pad_the_vocabulary_are_never_said(program, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_text_and_still_says_what_it_cost(say, monkeypatch, number, code):
+def test_a_signal_ends_the_text_with_the_token_in_the_making_and_says_what_it_cost(say, monkeypatch, number, code):
     def interrupted(*_, **__):
         for n in range(99):
             if n == 4:
@@ -315,7 +281,7 @@ def test_a_signal_ends_the_text_and_still_says_what_it_cost(say, monkeypatch, nu
     monkeypatch.setattr(generate, "stream", interrupted)
     ended = say("full", "--prompt", "x")
     assert ended.code == code
-    assert ended.out == "xabcd\n"
+    assert ended.out == "xabcde\n"
     assert "decode" in ended.err
 
 
@@ -329,15 +295,36 @@ def test_a_signal_ends_the_text_and_still_says_what_it_cost(say, monkeypatch, nu
         (["--prompt", "x", "--prompt-file", "-"], ["--prompt and --prompt-file were both given: take one"]),
         (["--prompt-file", "no/such/file"], ["no/such/file"]),
         (["--prompt-file", "."], ["(.)"]),
-        (["--max-new-tokens", "0"], ["--max-new-tokens (0) is out of range"]),
-        (["--temperature", "-1"], ["--temperature (-1.0) is out of range"]),
+        (["--prompt", "x", "--prompts", "-"], ["--prompt and --prompts were both given: take one"]),
+        (["--prompts", "no/such/file"], ["no/such/file"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens (0) is out of range: it must be 1 to 1000000000000000"]),
+        (["--num-samples", "0"], ["--num-samples (0) is out of range: it must be 1 to 10000"]),
+        (["--temperature", "-1"], ["--temperature (-1.0) is out of range: it must be 0 or above"]),
         (["--temperature", "nan"], ["--temperature (nan) is out of range"]),
-        (["--top-k", "0"], ["--top-k (0) is out of range"]),
-        (["--top-p", "0"], ["--top-p (0.0) is out of range"]),
+        (["--temperature", "inf"], ["--temperature (inf) is out of range"]),
+        (["--top-k", "0"], ["--top-k (0) is out of range: it must be 1 to 1000000000000000"]),
+        (["--top-p", "0"], ["--top-p (0.0) is out of range: it must be above 0 and at most 1"]),
         (["--top-p", "1.5"], ["--top-p (1.5) is out of range"]),
-        (["--window", "0"], ["--window (0) is out of range"]),
+        (["--min-p", "0"], ["--min-p (0.0) is out of range: it must be above 0 and at most 1"]),
+        (["--min-p", "1.01"], ["--min-p (1.01) is out of range"]),
+        (["--repetition-penalty", "0"], ["--repetition-penalty (0.0) is out of range: it must be above 0"]),
+        (["--repetition-penalty", "nan"], ["--repetition-penalty (nan) is out of range"]),
+        (["--stop", "a", "--stop", ""], ["--stop ('') is out of range: it must be a text that is not empty"]),
+        (["--chunk", "0"], ["--chunk (0) is out of range: it must be 1 to 1000000000000000"]),
+        (["--max-length", "1"], ["--max-length (1) is out of range: it must be 2 to 1000000000000000"]),
+        (["--window", "0"], ["--window (0) is out of range: it must be 1 to 1000000000000000"]),
         (["--window", "3", "--n-sink", "-1"], ["--n-sink (-1) is out of range"]),
-        (["--n-sink", "2"], ["--n-sink (2) means something with --window only: give one"]),
+        (["--window", str(10**30)], [f"--window ({10**30}) is out of range"]),
+        (["--chunk", str(10**30)], [f"--chunk ({10**30}) is out of range"]),
+        (["--max-new-tokens", str(10**30)], [f"--max-new-tokens ({10**30}) is out of range"]),
+        (["--n-sink", "2"], ["--n-sink (2) says how a window slides: give --window"]),
+        (["--positions", "in-cache"], ["--positions (in-cache) says how a window slides: give --window"]),
+        (["--interactive", "--cache", "none"], ["--interactive keeps a cache from line to line: take --cache rolling"]),
+        (["--interactive", "--prompts", "x"], ["--interactive continues one text, line by line: leave out --prompts"]),
+        (["--interactive", "--num-samples", "2"], ["--interactive continues one text", "leave out --num-samples"]),
+        (["--interactive", "--json"], ["--interactive continues one text", "leave out --json"]),
+        (["--interactive", "--check"], ["--interactive continues one text", "leave out --check"]),
+        (["--interactive", "--prompt-file", "-"], ["--interactive takes your lines from standard input"]),
         (["--check", "--cache", "none"], ["--check compares a cache with none: take --cache rolling or full"]),
     ],
     ids=lambda x: " ".join(x)[:30] if x[0].startswith("--") else "",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import sampling
-from model.sampling import Sampler, gumbel, prefill, stream
+from model.sampling import LogProbs, Sampler, gumbel, prefill, stream
 
 N = 20_000
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)) * 1.5
@@ -22,9 +22,12 @@ def draws(sampler: Sampler, logits: Tensor = LOGITS, n: int = N) -> Tensor:
     return sampler.next(logits.expand(n, -1), torch.arange(n), torch.zeros(n, dtype=torch.long))
 
 
-def text(model, cache, prompt: Tensor, n: int = 20, *, chunk: int = 512, **sampler) -> Tensor:
-    """(B, P) -> (B, n) what the model goes on with."""
-    return torch.stack(list(islice(stream(model, cache, prompt, Sampler(**sampler), chunk=chunk), n)), dim=1)
+def text(
+    model, cache, prompt: Tensor, n: int = 20, *, lengths=None, n_samples: int = 1, chunk: int = 512, **sampler
+) -> Tensor:
+    """(B, P) -> (B * n_samples, n) what the model goes on with."""
+    tokens = stream(model, cache, prompt, Sampler(**sampler), lengths=lengths, n_samples=n_samples, chunk=chunk)
+    return torch.stack(list(islice(tokens, n)), dim=1)
 
 
 def odds_are_right(tokens: Tensor, p: Tensor) -> bool:
@@ -109,6 +112,77 @@ def test_top_p_counts_after_top_k_and_temperature():
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
     assert set(draws(Sampler(top_k=2, top_p=0.56), p.log()).tolist()) == {0}  # 0.4 / 0.7 reaches it
     assert set(draws(Sampler(temperature=0.1, top_p=0.9), p.log()).tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("min_p", "allowed"), [(1e-3, {0, 1, 2, 3}), (0.24, {0, 1, 2, 3}), (0.26, {0, 2, 3}), (0.6, {0, 3}), (1.0, {3})]
+)
+def test_min_p_draws_those_at_least_this_part_as_likely_as_the_likeliest(min_p, allowed):
+    p = torch.tensor([0.3, 0.1, 0.2, 0.4])
+    tokens = draws(Sampler(min_p=min_p), p.log())
+    assert set(tokens.tolist()) == allowed
+    within = torch.tensor([p[i] if i in allowed else 0.0 for i in range(4)])
+    assert len(allowed) == 1 or odds_are_right(tokens, within / within.sum())
+
+
+def test_a_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_seen():
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.1]])
+    likeliest = lambda seen, logits=logits: int(
+        Sampler(temperature=0, repetition_penalty=1.5).next(logits, *[torch.zeros(1).long()] * 2, torch.tensor([seen]))
+    )
+    assert likeliest([False] * 4) == 0
+    assert likeliest([True, False, False, False]) == 1  # 1.33 is less than 1.5
+    assert likeliest([True, True, False, False]) == 0
+    assert likeliest([False, False, True, False], logits.flip(1) - 9) == 3  # nothing changes for the likeliest
+    assert likeliest([False, False, False, True], logits.flip(1) - 9) == 2  # -7 * 1.5 is less than -7.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.4},
+        {"min_p": 0.2},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"repetition_penalty": 0.7, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_what_may_be_drawn_is_what_transformers_allows(monkeypatch, options):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle: install the test group")
+    prompt, logits = random_tokens(2, 9), torch.stack([LOGITS, LOGITS.flip(0)])
+    kinds = {
+        "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    order = ("repetition_penalty", None, "top_k", "top_p", "min_p")
+    expected = logits
+    for name in order:
+        if name is None:
+            expected = expected / 0.7
+        elif name in options:
+            expected = kinds[name](options[name])(prompt, expected)
+    found = {}
+    monkeypatch.setattr(sampling, "gumbel", lambda *_: found.setdefault("noise", torch.zeros(VOCAB)))
+    monkeypatch.setattr(Tensor, "argmax", lambda self, dim: found.setdefault("scores", self))
+    sampler, zeros = Sampler(temperature=0.7, **options), torch.zeros(2, dtype=torch.long)
+    seen = sampler.new_seen(2, VOCAB, prompt.device)
+    if seen is not None:
+        seen.scatter_(1, prompt, True)
+    sampler.next(logits, zeros, zeros, seen)
+    torch.testing.assert_close(found["scores"], expected)
+
+
+def test_what_a_row_has_seen_is_its_own_prompt_and_text():
+    model, prompts = sliding_model(), random_tokens(2, 9)
+    sampler, lengths = Sampler(repetition_penalty=1.2), torch.tensor([9, 4])
+    seen = sampler.new_seen(2, VOCAB, prompts.device)
+    drawn = list(islice(stream(model, model.new_cache(2, 40), prompts, sampler, lengths=lengths, seen=seen), 6))
+    for row, n in enumerate([9, 4]):
+        had = {*prompts[row, :n].tolist(), *(int(tokens[row]) for tokens in drawn[:-1])}
+        assert set(seen[row].nonzero()[:, 0].tolist()) == had
 
 
 @pytest.mark.parametrize("sampler", [{}, {"temperature": 0}, {"top_k": 40}, {"top_p": 0.9999}], ids=str)
@@ -203,10 +277,34 @@ def test_a_batch_does_not_change_the_text_of_its_first_row():
     assert torch.equal(together, expected_text(model, prompts))
 
 
-def test_rows_of_one_prompt_differ():
+def test_the_same_prompt_twice_in_a_batch_gives_the_same_text_twice():
     model = sliding_model()
-    rows = text(model, model.new_cache(5, 40), PROMPT.expand(5, -1), **WARM)
+    rows = text(model, model.new_cache(3, 40), PROMPT.expand(3, -1), **WARM)
+    assert torch.equal(rows, expected_text(model).expand(3, -1))
+
+
+def test_samples_of_one_prompt_differ_and_the_first_is_that_of_a_single_run():
+    model = sliding_model()
+    rows = text(model, model.new_cache(1, 40), PROMPT, n_samples=5, **WARM)
     assert len({tuple(row) for row in rows.tolist()}) == 5
+    assert torch.equal(rows[:1], expected_text(model))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_samples_of_several_prompts_are_those_of_each_alone(cached):
+    model, prompts, lengths = sliding_model(), random_tokens(3, 11), [4, 11, 1]
+    cache = model.new_cache(3, 40) if cached else None
+    rows = text(model, cache, prompts, lengths=torch.tensor(lengths), n_samples=2, **WARM)
+    alone = [text(model, None, prompts[b : b + 1, :n], n_samples=2, **WARM) for b, n in enumerate(lengths)]
+    assert torch.equal(rows, torch.cat(alone))
+
+
+def test_one_prefill_serves_all_samples(monkeypatch):
+    model, widths = sliding_model(), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda idx, **kw: (widths.append(tuple(idx.shape)), forward(idx, **kw))[1])
+    text(model, model.new_cache(1, 40), PROMPT, 3, n_samples=4)
+    assert widths == [(1, 11), (4, 1), (4, 1)]
 
 
 def test_float32_gives_one_text_with_and_without_a_cache():
@@ -220,13 +318,39 @@ def test_seeds_give_different_texts():
     assert len(set(map(tuple, found))) == 4
 
 
-def test_a_stream_draws_each_token_with_the_noise_of_its_position():
-    model, idx, sampler = sliding_model(), random_tokens(2, 11), Sampler(**WARM)
+def test_a_stream_draws_each_token_with_the_noise_of_its_sample_and_position():
+    model, idx, sampler = sliding_model(), PROMPT.expand(2, -1), Sampler(**WARM)
     with torch.no_grad():
         for n in range(20):
             token = sampler.next(model(idx)[:, -1], torch.full((2,), 11 + n), torch.arange(2))
             idx = torch.cat((idx, token[:, None]), dim=1)
-    assert torch.equal(text(model, model.new_cache(2, 40), idx[:, :11], **WARM), idx[:, 11:])
+    assert torch.equal(text(model, model.new_cache(1, 40), PROMPT, n_samples=2, **WARM), idx[:, 11:])
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("n", [1, 7])
+def test_a_text_that_goes_on_later_is_the_text_in_one_go(n, penalty):
+    model, sampler = sliding_model(), Sampler(repetition_penalty=penalty, **WARM)
+    cache, seen = model.new_cache(1, 40), sampler.new_seen(1, VOCAB, PROMPT.device)
+    first = list(islice(stream(model, cache, PROMPT, sampler, seen=seen), n))
+    rest = list(islice(stream(model, cache, first[-1][None], sampler, seen=seen), 20 - n))
+    assert torch.equal(torch.stack(first + rest, dim=1), text(model, None, PROMPT, repetition_penalty=penalty, **WARM))
+
+
+def test_a_watch_sees_the_logits_of_every_draw():
+    model, seen = sliding_model(), []
+    watch = lambda logits, tokens: seen.append((logits.clone(), tokens.clone()))
+    drawn = list(islice(stream(model, model.new_cache(1, 40), PROMPT, Sampler(**WARM), watch=watch), 5))
+    whole = torch.cat((PROMPT, *(token[:, None] for token in drawn[:-1])), dim=1)
+    assert torch.equal(torch.cat([tokens for _, tokens in seen]), torch.cat(drawn))
+    torch.testing.assert_close(torch.cat([logits for logits, _ in seen]), model(whole)[0, 10:].detach())
+
+
+def test_log_probabilities_are_the_models_own_over_the_ids_that_exist():
+    logits, tokens = torch.stack([LOGITS, LOGITS.flip(0)]), torch.tensor([4, 0])
+    logprobs = LogProbs(25)
+    logprobs(logits, tokens)
+    torch.testing.assert_close(logprobs.last, logits[:, :25].softmax(dim=1).log()[[0, 1], tokens])
 
 
 def test_greedy_text_is_the_argmax_at_every_step():

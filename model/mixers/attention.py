@@ -9,7 +9,7 @@ Dimensions: B batch, T time, C n_embd, H query heads, K KV heads, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.attend import attend, kernel_name, prepare
 from model.cache import KVCache, n_slots
+from model.in_cache import rotate_by_place
 from model.layers import NORMS
 from model.positions import Rope, rotate
 from model.sparse import Sparse
@@ -40,6 +41,7 @@ class AttentionSpec:
     n_sink: int = 0  # first tokens that stay visible whatever the window
     sparse: Sparse | None = None  # what is visible beside the window
     rope: Rope | None = None  # None: no rotation
+    rope_in_cache: bool = False  # keys are kept as they are and rotated by place, see model.in_cache
     alibi: bool = False  # scores fall with distance, by a slope of each head's own (2108.12409)
     scale: float | None = None  # what scores are multiplied by; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # c: scores are c tanh(scores / c) (2408.00118)
@@ -96,6 +98,11 @@ class AttentionSpec:
         projections = self.n_embd * (self.head_dim * (2 * self.n_head + 2 * self.n_kv_head) + self.gate_width)
         return 2 * T * projections + 4 * self.n_pairs(T) * self.n_head * self.head_dim
 
+    def read_bytes(self, start: int, stop: int, element_size: int, *, rolling: bool = True) -> int:
+        """Of one sequence: keys and values read to decode its tokens start to stop - 1."""
+        spec = self if rolling else replace(self, window=None, sparse=None)
+        return 2 * (spec.n_pairs(stop) - spec.n_pairs(start)) * self.n_kv_head * self.head_dim * element_size
+
     def cache_bytes(self, max_length: int, element_size: int) -> int:
         """Of one sequence: keys and values of every slot that new_cache allocates."""
         return 2 * n_slots(self.kept, self.n_sink, max_length) * self.n_kv_head * self.head_dim * element_size
@@ -129,6 +136,7 @@ class Attention(nn.Module):
         """One layer's numbers: `kind` is its word in the pattern, of which nth come before it."""
         window = config.window_everywhere or config.nth_window(kind, nth)
         sparse = None if config.window_everywhere else config.sparse(kind, nth)
+        rope = config.rope(kind)
         return AttentionSpec(
             kind=kind if sparse else "full" if window is None else "swa",
             n_embd=config.n_embd,
@@ -138,7 +146,8 @@ class Attention(nn.Module):
             window=window,
             n_sink=config.n_sink if window is not None and (kind == "swa" or not sparse) else 0,
             sparse=sparse,
-            rope=config.rope(kind),
+            rope=rope,
+            rope_in_cache=config.rope_in_cache and rope is not None and window is not None and sparse is None,
             alibi=config.of_kind("position", kind) == "alibi",
             scale=config.attn_scale,
             softcap=config.attn_softcap,
@@ -160,19 +169,22 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, -1, spec.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
         if spec.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if (rope := spec.rope) is not None:
+        if (rope := spec.rope) is not None and not spec.rope_in_cache:
             cos, sin = step.once(rope, lambda: rope.table(step.pos))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # stored rotated: a slot's order does not matter
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotations are float32
         k_pos = step.pos
         if cache is not None:
             k, v, k_pos = cache.update(k, v, step)  # (B, K, keys, D)
+        if spec.rope_in_cache:
+            q, k, v = rotate_by_place(q, k, v, k_pos, step, spec)  # maybe of 2 D
         y = attend(
             *(q, k, v, step.pos, k_pos, spec),
             sink_logit=self.sink_logit,
-            contiguous=step.contiguous,
+            contiguous=step.contiguous and not spec.rope_in_cache,
             shared=step.shared,
-        ).transpose(1, 2)  # (B, T, H, D)
+        )
+        y = y[..., : spec.head_dim].transpose(1, 2)  # (B, T, H, D)
         if self.c_gate is not None:
             y = y * torch.sigmoid(self.c_gate(x)).view(B, T, spec.n_head, -1)
         return self.c_proj(y.flatten(2))

@@ -23,6 +23,9 @@ class MixerSpec(Protocol):
     def cache_bytes(self, max_length: int, element_size: int) -> int:
         """Of one sequence: all that new_cache allocates."""
 
+    def read_bytes(self, start: int, stop: int, element_size: int, *, rolling: bool = True) -> int:
+        """Of one sequence: what decoding its tokens start to stop - 1 reads of the past."""
+
     def kernel_name(self, T: int, device: torch.device, dtype: torch.dtype) -> str:
         """What training on T tokens runs on. UserError where the kernel asked for cannot serve."""
 

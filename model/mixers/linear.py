@@ -51,6 +51,10 @@ class LinearSpec:
         """Of one sequence, however long: the state, never below float32."""
         return self.n_head * self.head_dim * (self.head_dim + 1) * max(4, element_size)
 
+    def read_bytes(self, start: int, stop: int, element_size: int, *, rolling: bool = True) -> int:
+        """Of one sequence: the whole state for each token."""
+        return (stop - start) * self.cache_bytes(stop, element_size)
+
     def kernel_name(self, T: int, device: torch.device, dtype: torch.dtype) -> str:
         return "chunks"
 

@@ -38,6 +38,9 @@ class MultiWindowSpec:
     def cache_bytes(self, max_length: int, element_size: int) -> int:
         return sum(part.cache_bytes(max_length, element_size) for part in self.parts)
 
+    def read_bytes(self, start: int, stop: int, element_size: int, *, rolling: bool = True) -> int:
+        return sum(part.read_bytes(start, stop, element_size, rolling=rolling) for part in self.parts)
+
     def kernel_name(self, T: int, device: torch.device, dtype: torch.dtype) -> str:
         return "+".join(dict.fromkeys(part.kernel_name(T, device, dtype) for part in self.parts))
 

@@ -1,0 +1,69 @@
+"""What generating cost: speed of prefill and decode, memory read and held."""
+
+import time
+from collections.abc import Sequence
+
+from model.cache import Cache
+from model.cost import read_bytes, step_bytes
+from model.device import Runtime
+from model.gpt import GPT
+from model.memory import device_peak
+
+
+class Meter:
+    """Counts over one or several turns; the clock of a turn runs from `begin` to the last `count`."""
+
+    def __init__(self, model: GPT, cache: Cache | None, runtime: Runtime, *, n_samples: int = 1, rolling: bool = True):
+        """The cache as it is before the samples of its rows part."""
+        self._config, self._runtime, self._n_samples, self._rolling = model.config, runtime, n_samples, rolling
+        self._cache_dtype = None if cache is None else cache.layers[0].tensors()[0].dtype
+        self.cache_bytes: dict[str, int] = {}  # by kind of layer
+        for spec, layer in zip(model.config.layers, [] if cache is None else cache.layers, strict=cache is not None):
+            self.cache_bytes[spec.kind] = self.cache_bytes.get(spec.kind, 0) + layer.nbytes * n_samples
+        self.n_prefilled = self.n_decoded = 0  # tokens of all rows
+        self.prefill_s = self.decode_s = self.first_s = 0.0  # first_s: to the first token of the first turn
+        self.bytes_read = 0  # by decoding, at least: weights once a step, keys and values of each row
+        self._starts: list[int] = []
+
+    def begin(self, lengths: Sequence[int], past: int = 0) -> None:
+        """Prompts of these lengths are about to be read, after `past` tokens that the cache has."""
+        self._starts, self._steps, self._n_prompt = [past + n for n in lengths], 0, sum(lengths)
+        self._clock = time.perf_counter()
+
+    def count(self, n_live: int) -> None:
+        """A step has come to its tokens, of which n_live were waited for."""
+        now = time.perf_counter()
+        if self._steps == 0:
+            self.n_prefilled += self._n_prompt
+            self.prefill_s += now - self._clock
+            self.first_s = self.first_s or now - self._clock
+        else:
+            self.n_decoded += n_live
+            self.decode_s += now - self._clock
+        self._steps += 1
+        self._clock = now
+
+    def end(self) -> None:
+        """The turn is over: add up what its steps have read."""
+        n = self._steps - 1  # the first token comes of the prefill
+        if n < 1 or self._cache_dtype is None:
+            return
+        kv = [read_bytes(self._config, t, t + n, self._cache_dtype, rolling=self._rolling) for t in self._starts]
+        self.bytes_read += n * step_bytes(self._config, self._runtime.dtype) + self._n_samples * sum(kv)
+
+    def lines(self) -> list[str]:
+        """What there is to say."""
+        out = []
+        if self.prefill_s:
+            rate = self.n_prefilled / self.prefill_s
+            first = f"first token after {self.first_s * 1e3:.0f} ms"
+            out.append(f"prefill {self.n_prefilled} tokens at {rate:.0f} tokens/s, {first}")
+        if self.n_decoded:
+            read = f", {self.bytes_read / self.decode_s / 1e9:.2f} GB/s of weights and cache" if self.bytes_read else ""
+            out.append(f"decode {self.n_decoded} tokens at {self.n_decoded / self.decode_s:.1f} tokens/s{read}")
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in self.cache_bytes.items())
+        total = sum(self.cache_bytes.values())
+        out.append(f"cache {total:,} bytes: {kinds}" if self.cache_bytes else "no cache")
+        method, peak = device_peak(self._runtime.device)
+        out.append(f"peak memory {peak / 2**20:.0f} MiB ({method})" if peak else f"peak memory {method}")
+        return out
