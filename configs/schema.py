@@ -1,7 +1,7 @@
 """RunConfig: all that a run is, with every default; TOML files and the command line say only what differs."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -113,6 +113,10 @@ class RunConfig(Section):
     def path(self) -> Path:
         """The run's directory."""
         return self.out_dir / self.name
+
+    def experiment(self) -> dict[str, Any]:
+        """All of it as JSON, but where it is kept and shown: runs of equal ones are the same experiment."""
+        return self.model_dump(mode="json", exclude={"name": True, "out_dir": True, "log": True, "data": {"dir"}})
 
     @property
     def global_rows(self) -> int:
