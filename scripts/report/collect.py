@@ -14,6 +14,7 @@ from model.errors import UserError
 
 STUDY = "study.json"  # in the directory of a study: its question, its baseline, its cells
 MEASURED, EVALUATIONS = "measured.json", "evaluations.json"  # in a run's directory: {column: number}
+EVALUATED_STEP = "evaluated_step"  # the column that says of which checkpoint the evaluations are
 CLOCKS = re.compile(r"(_per_s|_s|_ms|_seconds)$|^mfu$|^peak_memory_process_bytes$")
 
 
@@ -84,7 +85,7 @@ def collect(paths: list[Path], baseline: str | None = None) -> Collected:
         results=results,
         timings=timings,
         varying=varying,
-        evaluations=list(dict.fromkeys(key for e in entries for key in _json(e.run, EVALUATIONS) if key in results)),
+        evaluations=_evaluations(entries, results),
         title=" and ".join(plan["name"] for plan in plans) or "Report",
         question=" ".join(plan["question"] for plan in plans),
         baseline=baseline,
@@ -142,6 +143,11 @@ def _measured(run: RunDir) -> dict[str, Any]:
 def _json(run: RunDir, name: str) -> dict[str, Any]:
     file = run.path / name
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _evaluations(entries: list[Entry], results: pd.DataFrame) -> list[str]:
+    found = dict.fromkeys(key for entry in entries for key in _json(entry.run, EVALUATIONS))
+    return [key for key in found if key in results and key != EVALUATED_STEP]
 
 
 def _check(results: pd.DataFrame) -> None:

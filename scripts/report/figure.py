@@ -1,4 +1,8 @@
-"""An empty figure in the one style that all plots have."""
+"""The one style of all plots: an empty figure, a legend, how a variant looks."""
+
+from typing import Any
+
+MARKERS = "osD^vP*X"
 
 
 def new_figure(x: str, ys: list[str]):
@@ -13,3 +17,19 @@ def new_figure(x: str, ys: list[str]):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure, list(grid[0])
+
+
+def legend(figure, axes) -> None:
+    """Inside where there are few names, else below, for which the figure grows."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= 4:
+        axes.legend(frameon=False)
+        return
+    columns = 2 if max(map(len, names)) > 24 else 3
+    figure.set_figheight(figure.get_figheight() + 0.21 * -(-len(names) // columns))
+    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=columns, fontsize="small")
+
+
+def look(variants: list[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each variant, the same in every plot of a report."""
+    return {v: {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)]} for i, v in enumerate(variants)}

@@ -1,10 +1,7 @@
 """The plots of a report: each a function of what was collected, None where these runs have nothing for it."""
 
-import json
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,30 +9,13 @@ from matplotlib.ticker import EngFormatter
 
 from model import cost
 from scripts.report.collect import Collected
-from scripts.report.figure import new_figure
+from scripts.report.curves import plot_position, plot_position_difference, plot_recall, plot_sinks
+from scripts.report.figure import legend, look, new_figure
 from scripts.report.statistics import Estimate, difference, of_variant
 
 CONTEXTS = [2**n for n in range(8, 18)]  # 256 to 131 072 tokens
 CACHE = "kv_cache_bytes_"  # then the tokens in context
-POSITIONS = "loss_by_position.json"  # in a run's directory: {"position": [...], "loss": [...]}
-MARKERS = "osD^vP*X"
 PERPLEXITY = "validation perplexity"
-
-
-def look(c: Collected) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each variant, the same in every plot."""
-    return {v: {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)]} for i, v in enumerate(c.variants)}
-
-
-def legend(figure: Figure, axes: Axes) -> None:
-    """Inside where there are few names, else below, for which the figure grows."""
-    handles, names = axes.get_legend_handles_labels()
-    if len(names) <= 4:
-        axes.legend(frameon=False)
-        return
-    columns = 2 if max(map(len, names)) > 24 else 3
-    figure.set_figheight(figure.get_figheight() + 0.21 * -(-len(names) // columns))
-    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=columns, fontsize="small")
 
 
 def plot_difference(c: Collected) -> Figure | None:
@@ -48,7 +28,7 @@ def plot_difference(c: Collected) -> Figure | None:
         return None
     figure, (axes,) = new_figure(f"{PERPLEXITY}, difference from {c.baseline} (below 0: better)", [""])
     figure.set_figheight(1.2 + 0.36 * len(shown))
-    styles = look(c)
+    styles = look(c.variants)
     for y, (variant, x) in enumerate(shown.items()):
         color = styles[variant]["color"]
         fill = color if x.holds_zero is False else "white"
@@ -97,7 +77,7 @@ def plot_pareto_speed(c: Collected) -> Figure | None:
 
 def plot_loss(c: Collected) -> Figure:
     figure, (axes,) = new_figure("tokens", ["loss (nats per token)"])
-    for variant, style in look(c).items():
+    for variant, style in look(c.variants).items():
         lines = _metrics(c, variant)
         means = lines.groupby("tokens")["train_loss"].mean()
         points = lines.dropna(subset="val_loss").groupby("tokens")["val_loss"].agg(["mean", "min", "max"])
@@ -112,45 +92,16 @@ def plot_loss(c: Collected) -> Figure:
 
 def plot_time(c: Collected) -> Figure:
     figure, (axes,) = new_figure("seconds of training and evaluation", ["validation loss (nats per token)"])
-    for variant, style in look(c).items():
+    for variant, style in look(c.variants).items():
         points = _metrics(c, variant).dropna(subset="val_loss").groupby("tokens")[["elapsed_s", "val_loss"]].mean()
         axes.plot(points["elapsed_s"], points["val_loss"], ms=4, label=variant, **style)
     legend(figure, axes)
     return figure
 
 
-def plot_position(c: Collected) -> Figure | None:
-    table = _loss_by_position(c)
-    if table is None:
-        return None
-    figure, (axes,) = new_figure("position in the context", ["loss (nats per token)"])
-    for variant, style in look(c).items():
-        if variant in table:
-            mean = table[variant].mean(axis=1)
-            axes.plot(mean.index, mean, ms=3, label=variant, **style)
-    axes.set_xscale("log")
-    legend(figure, axes)
-    return figure
-
-
-def plot_position_difference(c: Collected) -> Figure | None:
-    table = _loss_by_position(c)
-    if table is None or c.baseline is None or c.baseline not in table:
-        return None
-    figure, (axes,) = new_figure("position in the context", [f"loss, difference from {c.baseline}"])
-    for variant, style in look(c).items():
-        if variant in table and variant != c.baseline:
-            mean = (table[variant] - table[c.baseline]).mean(axis=1)
-            axes.plot(mean.index, mean, ms=3, label=variant, **style)
-    axes.axhline(0, color="black", lw=1)
-    axes.set_xscale("log")
-    legend(figure, axes)
-    return figure
-
-
 def plot_cache(c: Collected) -> Figure:
     figure, (axes,) = new_figure("context in tokens", ["KV cache in MB (bfloat16)"])
-    for variant, style in look(c).items():
+    for variant, style in look(c.variants).items():
         model = c.of(variant)[0].config().model
         axes.loglog(CONTEXTS, [cost.cache_bytes(model, n) / 1e6 for n in CONTEXTS], ms=4, label=variant, **style)
     legend(figure, axes)
@@ -163,7 +114,7 @@ def _pareto(c: Collected, costs: dict[str, Estimate | None], label: str, more_is
     if len(points) < 2:
         return None
     figure, (axes,) = new_figure(label, [PERPLEXITY])
-    styles = look(c)
+    styles = look(c.variants)
     for variant, (x, y) in points.items():
         axes.errorbar(x.mean, y.mean, y.half, x.half, ls="", label=variant, capsize=2, **styles[variant])
     front = _front([(x.mean, y.mean) for x, y in points.values()], more_is_better)
@@ -183,23 +134,6 @@ def _front(points: list[tuple[float, float]], more_is_better: bool) -> list[tupl
         if not front or y < front[-1][1]:
             front.append((x, y))
     return front
-
-
-def _loss_by_position(c: Collected) -> pd.DataFrame | None:
-    """Rows: the n-th token of the context, counted from 1 in bins that widen; columns: (variant, seed)."""
-    losses = {
-        (entry.variant, entry.seed): pd.Series(found["loss"], index=found["position"])
-        for entry in c.entries
-        if (file := entry.run.path / POSITIONS).is_file() and (found := json.loads(file.read_text()))
-    }
-    if not losses:
-        return None
-    table = pd.DataFrame(losses)
-    table.index += 1
-    edges = np.unique(np.geomspace(1, table.index.max() + 1, 25).astype(int))
-    bins = pd.Series(np.digitize(table.index, edges), index=table.index)
-    middle = bins.map(pd.Series(table.index, index=table.index).groupby(bins).mean())
-    return table.groupby(middle).mean()
 
 
 def _metrics(c: Collected, variant: str) -> pd.DataFrame:
@@ -233,5 +167,10 @@ PLOTS: dict[str, tuple[str, Callable[[Collected], Figure | None]]] = {
     "time": ("Validation loss by time: of this machine and its kernels.", plot_time),
     "position": ("Loss by position in the context.", plot_position),
     "position-difference": ("Loss by position, difference from the baseline.", plot_position_difference),
+    "sinks": (
+        "Perplexity of a long stream through a window, by sinks; dashed: recomputed.",
+        plot_sinks,
+    ),
+    "recall": ("Recall by the distance from a key to its value; the band spans the seeds.", plot_recall),
     "cache": ("Bytes of the cache by context: the arithmetic that tests hold equal to allocation.", plot_cache),
 }

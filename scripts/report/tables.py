@@ -57,14 +57,14 @@ def costs(c: Collected) -> list[Row]:
 
 
 def evaluations(c: Collected) -> list[Row]:
-    """A row a variant with the columns that evaluations brought; ≈ where not distinguishable from the baseline."""
+    """A row a measure, a column a variant; ≈ where it is not distinguishable from the baseline."""
     rows = []
-    for variant in c.variants:
-        row = {"variant": variant}
-        for column in c.evaluations:
+    for column in c.evaluations:
+        row = {"column": column}
+        for variant in c.variants:
             change = None if c.baseline is None else difference(c.results, column, variant, c.baseline)
             same = variant != c.baseline and change is not None and change.holds_zero
-            row[column.replace("_", " ")] = spread(of_variant(c.results, column, variant)) + (" ≈" if same else "")
+            row[variant] = spread(of_variant(c.results, column, variant)) + (" ≈" if same else "")
         rows.append(row)
     return rows
 
