@@ -17,6 +17,7 @@ from conftest import ROOT, RUN, run_program, start_program
 import train
 from configs.run_dir import RunDir
 from model import cost
+from model.config import ModelConfig, describe_layers
 from scripts.ablate import __main__ as lab
 from scripts.ablate import cell as process
 from scripts.ablate import runner
@@ -246,6 +247,54 @@ def test_five_studies_ship_each_with_a_larger_sibling():
     assert names == {name + kind for name in ("window", "ratio", "heads", "sinks", "recall") for kind in ("", "-gpu")}
 
 
+def shipped(name: str) -> dict[str, ModelConfig]:
+    """The models of a study's variants, a vocabulary given."""
+    file = ROOT / "configs" / "ablations" / f"{name}.toml"
+    first = {cell.variant: cell.config.model for cell in reversed(cells(load_study(file), file, Path("out")))}
+    return {variant: model.model_copy(update={"vocab_size": 2048}) for variant, model in reversed(first.items())}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_shipped_study_says_what_it_asks_and_has_three_seeds(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = load_study(file)
+    assert study.question.endswith("?")
+    assert study.seeds == (1, 2, 3)
+    assert study.measure[0] == ("scripts.measure",)
+    assert len(cells(study, file, Path("out"))) == 3 * len(study.all_variants())
+
+
+@pytest.mark.parametrize("kind", ["", "-gpu"])
+def test_windows_go_from_a_32nd_of_the_context_to_all_of_it(monkeypatch, kind):
+    monkeypatch.chdir(ROOT)
+    full, *models = shipped(f"window{kind}").values()
+    assert [model.window for model in models] == [full.block_size // 2**n for n in (5, 4, 3, 2, 1, 0)]
+    assert {describe_layers(model.layers[:6]) for model in models} == {"swa*5 full"}
+    assert set(full.kinds) == {"full"}
+
+
+@pytest.mark.parametrize("kind", ["", "-gpu"])
+def test_ratios_fall_from_full_to_all_sliding_at_one_window(monkeypatch, kind):
+    monkeypatch.chdir(ROOT)
+    models = shipped(f"ratio{kind}")
+    assert list(models) == ["full", "1:1", "3:1", "5:1", "7:1", "all sliding"]
+    n_full = [model.kinds.count("full") for model in models.values()]
+    assert n_full == sorted(n_full, reverse=True)
+    assert n_full[0] == models["full"].n_layer > n_full[1] > n_full[2] > n_full[4] > n_full[5] == 0
+    assert len({model.window for model in models.values()}) == 1
+
+
+@pytest.mark.parametrize("kind", ["", "-gpu"])
+def test_heads_are_compared_at_equal_shape_and_at_equal_parameters(monkeypatch, kind):
+    monkeypatch.chdir(ROOT)
+    models = shipped(f"heads{kind}")
+    n = {variant: cost.n_params(model) for variant, model in models.items()}
+    assert n["MHA"] == n["MHA, SWA"] > n["GQA"] == n["GQA, SWA"] > n["MQA"] == n["MQA, SWA"]
+    equal = [variant for variant in models if variant.endswith("=")]
+    assert len(equal) == 4
+    assert all(n[variant] == pytest.approx(n["MHA"], rel=1e-3) for variant in equal)
+
+
 # Running.
 
 
@@ -262,7 +311,7 @@ def test_cells_are_trained_measured_and_reported(write, in_this_process):
 
 
 def test_what_is_finished_is_not_done_again(write, in_this_process):
-    file = write(measure=[MEASURE])
+    file = write(measure=[MEASURE], seeds=[1])
     ablate(file)
     before = {path: path.stat().st_mtime_ns for path in (file.with_suffix("") / "cells").rglob("*")}
     in_this_process.clear()
@@ -301,11 +350,11 @@ def probe(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("unmeasured_memory", "probe")
 def test_any_command_brings_columns_and_a_new_one_runs_alone(write, in_this_process):
-    ablate(write(measure=[["probe", "first"]]))
+    ablate(write(measure=[["probe", "first"]], seeds=[1]))
     in_this_process.clear()
-    file = write(measure=[["probe", "first"], ["probe", "second"]])
+    file = write(measure=[["probe", "first"], ["probe", "second"]], seeds=[1])
     assert ablate(file) == 0
-    assert in_this_process == [f"{v}-s{s} probe" for s in (1, 2) for v in ("wide", "narrow")]
+    assert in_this_process == ["wide-s1 probe", "narrow-s1 probe"]
     assert (pd.read_csv(file.with_suffix("") / "results.csv")[["first", "second"]] == 0.5).all(axis=None)
 
 
@@ -343,8 +392,7 @@ def test_a_cell_that_fails_is_reported_and_run_again_by_the_same_command(write, 
 
 @pytest.mark.usefixtures("unmeasured_memory")
 def test_shards_in_turn_come_to_one_report(write, in_this_process):
-    file = write()
-    whole = write("whole")
+    file, whole = write(seeds=[1]), write("whole", seeds=[1])
     assert ablate(whole) == 0
     for i in (1, 2):
         assert ablate(file, shard=f"{i}/2") == 0
@@ -379,6 +427,7 @@ LONG = {"max_steps": 150, "checkpoint_every": 7, "eval_every": 18}
 @pytest.fixture
 def one_thread(monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(runner, "POLL_S", 0.01)
 
 
 def when_at(step: int, run: Path, act: Callable[[], None]) -> threading.Thread:
@@ -399,18 +448,21 @@ def when_at(step: int, run: Path, act: Callable[[], None]) -> threading.Thread:
 def test_a_signal_loses_no_step_and_the_repetition_equals_an_undisturbed_study(write, request, capsys):
     file = write(train=LONG, seeds=[1], variants={"wide": {"model": {"window": 9}}})
     (cell,) = cells_of(file)
-    watcher = when_at(60, cell.path, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    watcher = when_at(20, cell.path, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert ablate(file) == 128 + signal.SIGTERM
     watcher.join()
     assert capsys.readouterr().err == "stopped; the same command goes on from there\n"
     run = RunDir(cell.path)
-    assert 60 <= run.latest().step == run.metrics()[-1]["step"] < 150
+    assert 20 <= run.latest().step == run.metrics()[-1]["step"] < 150
     assert not (file.with_suffix("") / "failures.jsonl").exists()
     request.getfixturevalue("in_this_process")
     assert ablate(file) == 0
     whole = write("whole", train=LONG, seeds=[1], variants={"wide": {"model": {"window": 9}}})
     assert ablate(whole) == 0
     assert results(file) == results(whole)
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found as Linux shows them")
 
 
 def pids_of_cells(parent: int) -> list[int]:
@@ -423,7 +475,7 @@ def test_a_study_killed_again_and_again_equals_one_that_was_not(write, one_threa
     file, whole = (write(name, train=LONG, measure=[MEASURE], seeds=[1]) for name in ("killed", "whole"))
     command = lambda f: ("-m", "scripts.ablate", f, "--out", f.with_suffix(""))
     assert run_program(*command(whole)).code == 0
-    for cell, step in zip(cells_of(file), (60, 130), strict=True):
+    for cell, step in zip(cells_of(file), (30, 60), strict=True):
         started = start_program(*command(file))
         when_at(step, cell.path, started.kill).join()
         assert started.wait(30) == -signal.SIGKILL
@@ -438,7 +490,7 @@ def test_a_study_killed_again_and_again_equals_one_that_was_not(write, one_threa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found as Linux shows them")
+@on_linux
 def test_a_cell_does_not_outlive_a_killed_runner_and_has_saved(write, one_thread):
     file = write(train=LONG | {"max_steps": 4000, "checkpoint_every": 4000}, seeds=[1])
     cell = cells_of(file)[0]
@@ -467,6 +519,7 @@ def test_a_stopped_study_of_several_jobs_saves_all_that_run(write, one_thread, n
         assert 30 <= RunDir(cell.path).latest().step == runner.last_step(cell.path) < 4000
 
 
+@on_linux
 def test_a_cell_killed_alone_is_a_failure_that_says_so(write, one_thread):
     file = write(train=LONG, seeds=[1], variants={"wide": {"model": {"window": 9}}})
     (cell,) = cells_of(file)
