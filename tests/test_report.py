@@ -275,6 +275,12 @@ def test_the_same_variant_and_seed_twice_is_refused(tmp_path):
         collect([study(tmp_path, [*cells, *cells])])
 
 
+def test_different_experiments_of_one_name_are_not_averaged(tmp_path):
+    cells = [planted(tmp_path, "full", 1, 3.0), planted(tmp_path, "full", 2, 3.0, window=4)]
+    with pytest.raises(UserError, match="different experiments are both called full: report them apart"):
+        collect([study(tmp_path, cells)])
+
+
 def test_a_run_that_is_not_finished_is_refused(program, tmp_path):
     save_run(tmp_path / "run")
     ended = program(program_of_report.main, tmp_path / "run", "--out", tmp_path / "report")
@@ -317,7 +323,7 @@ def test_the_same_runs_give_the_same_table_again(written, lab, tmp_path, monkeyp
 
 def test_every_number_of_a_run_links_to_its_directory(written, lab):
     links = re.findall(r"\]\(([^)]+)/\)", (written / "report.md").read_text())
-    assert len(links) == 5 * 15
+    assert len(links) == (5 + 2) * 15  # each figure of a run, and seeds of variants in two tables
     assert {(written / link).resolve() for link in links} == {run.resolve() for run in (lab / "cells").iterdir()}
 
 

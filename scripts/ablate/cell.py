@@ -59,7 +59,7 @@ def measure_cell(run: Path, command: list[str]) -> None:
 def _end_with_starter() -> None:
     while os.read(0, 4096):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def do(job: dict[str, Any]) -> None:

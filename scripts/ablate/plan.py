@@ -1,10 +1,7 @@
 """What a study would take, without running it: an estimate of time by arithmetic, and memory by a step on shapes."""
 
 import statistics
-from functools import cache
 from pathlib import Path
-
-import torch
 
 from configs.run_dir import RunDir
 from configs.schema import RunConfig
@@ -23,17 +20,22 @@ BYTES_AND_END = 257  # the most tokens of a char tokenizer, whose text says how 
 
 def plan(cells: list[Cell]) -> str:
     """The cells as a table, and their time in all."""
+    if not cells:
+        return "this part has no cells"
     runtime = resolve(cells[0].config.device, cells[0].config.dtype)
     rate = matmul_rate(runtime)
     known = [mfu for cell in cells for mfu in _measured_mfu(cell.path)]
     mfu = statistics.median(known) if known else ASSUMED_MFU
     rows, seconds_left = [], 0.0
+    memory: dict[str, int] = {}  # by variant: seeds are alike
     for cell in cells:
         config = _with_vocabulary(cell.config)
         seconds = train_and_evaluation_flops(config) / (rate * mfu)
         steps, step = config.train.max_steps, last_step(cell.path)
         seconds_left += seconds * (1 - step / steps)
         done = RunDir(cell.path).summary() is not None
+        if cell.variant not in memory:
+            memory[cell.variant] = step_memory(config, runtime)
         rows.append(
             {
                 "cell": cell.path.name,
@@ -41,20 +43,21 @@ def plan(cells: list[Cell]) -> str:
                 "seed": str(cell.seed),
                 "state": "finished" if done else f"{step} of {steps} steps" if step else f"{steps} steps",
                 "parameters": f"{cost.n_params(config.model) / 1e6:.2f} M",
-                "time": f"{seconds / 60:.1f} min",
-                "training memory": f"{step_memory(config, runtime) / 1e6:,.0f} MB",
+                "time": f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min",
+                "training memory": f"{memory[cell.variant] / 1e6:,.0f} MB",
             }
         )
     whence = "as runs here reached" if known else "assumed"
     return (
-        f"{table(rows)}\n\nto do: about {seconds_left / 60:.0f} min of training and evaluation, one cell at a time. "
+        f"{table(rows)}\n\nto do: about {seconds_left / 60:.1f} min of training and evaluation, one cell at a time; "
+        "what measures a cell after its training comes on top. "
         f"An estimate: FLOPs at {mfu:.0%} ({whence}) of the {rate / 1e9:,.0f} GFLOP/s measured of matrix products "
         f"({runtime.why}). Memory is that of a training step with the kernels of a CPU, without allocating it."
     )
 
 
 def train_and_evaluation_flops(config: RunConfig) -> float:
-    """Of a whole run; an evaluation is forward alone, a third."""
+    """Of a whole run; an evaluation is forward alone, a third. One over a whole split, of unknown size, is left out."""
     T, train = config.model.block_size, config.train
     per_token = cost.train_flops(config.model, T) / T
     evaluations = -(-train.max_steps // train.eval_every)
@@ -64,14 +67,9 @@ def train_and_evaluation_flops(config: RunConfig) -> float:
 
 def step_memory(config: RunConfig, runtime: Runtime) -> int:
     """Bytes live at the peak of a training step."""
-    return _step_memory(config.model_copy(update={"seed": 0, "name": "run"}).model_dump_json(), runtime.dtype)
-
-
-@cache
-def _step_memory(content: str, dtype: torch.dtype) -> int:
-    config = RunConfig.model_validate_json(content)
     optimizer, recompute = config.optim.optimizer, config.train.recompute
-    return sum(train_peak(config.model, config.micro_rows, dtype, optimizer=optimizer, recompute=recompute).values())
+    parts = train_peak(config.model, config.micro_rows, runtime.dtype, optimizer=optimizer, recompute=recompute)
+    return sum(parts.values())
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:

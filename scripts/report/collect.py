@@ -73,13 +73,14 @@ def collect(paths: list[Path], baseline: str | None = None) -> Collected:
     configs = pd.json_normalize([entry.run.config().experiment() for entry in entries]).drop(columns="seed")
     varying = [key for key in configs if configs[key].map(str).nunique() > 1]
     results = pd.concat([results.iloc[:, :2], configs[varying], results.iloc[:, 2:]], axis=1)
-    _check(results)
-    baseline = baseline or next((plan["baseline"] for plan in plans), None)
+    _check(results, experiments=configs.map(str).agg(tuple, axis=1))
     if baseline not in (None, *results["variant"]):
-        if not studies:
-            raise UserError(f"--baseline ({baseline}) is none of {', '.join(results['variant'].unique())}")
-        notes.append(f"No cell of the baseline, {baseline}, is finished: there is nothing to differ from.")
-        baseline = None
+        raise UserError(f"--baseline ({baseline}) is none of {', '.join(results['variant'].unique())}")
+    if baseline is None and plans:
+        baseline = plans[0]["baseline"]
+        if baseline not in set(results["variant"]):
+            notes.append(f"No cell of the baseline, {baseline}, is finished: there is nothing to differ from.")
+            baseline = None
     return Collected(
         entries=entries,
         results=results,
@@ -150,7 +151,7 @@ def _evaluations(entries: list[Entry], results: pd.DataFrame) -> list[str]:
     return [key for key in found if key in results and key != EVALUATED_STEP]
 
 
-def _check(results: pd.DataFrame) -> None:
+def _check(results: pd.DataFrame, experiments: pd.Series) -> None:
     """UserError where the rows cannot share an axis."""
     if (n := results["stream_hash"].nunique()) > 1:
         raise UserError(f"{n} evaluation streams among these runs: their losses cannot share a table")
@@ -158,6 +159,9 @@ def _check(results: pd.DataFrame) -> None:
     if len(twice):
         variant, seed = twice.iloc[0][["variant", "seed"]]
         raise UserError(f"two runs are {variant} with seed {seed}: give one of them")
+    for variant, kinds in experiments.groupby(results["variant"], sort=False):
+        if kinds.nunique() > 1:
+            raise UserError(f"different experiments are both called {variant}: report them apart")
 
 
 def _marks(entries: list[Entry], results: pd.DataFrame) -> list[str]:

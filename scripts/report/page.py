@@ -8,7 +8,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from scripts.report.collect import Collected
-from scripts.report.tables import costs, escape, evaluations, runs, summary, table
+from scripts.report.tables import costs, escape, evaluations, linked, runs, summary, table
 
 FIGURE = re.compile(r"<p>(<img [^>]*>)</p>\n<p>(.*?)</p>")  # as Markdown renders an image and its caption
 
@@ -37,15 +37,15 @@ figcaption { font-size: .9rem; color: #4d5a6b; }
 
 def markdown(c: Collected, plots: dict[str, str], out: Path) -> str:
     """The whole report; `plots` are captions by file name."""
-    plain = lambda rows: table([{key: escape(text) for key, text in row.items()} for row in rows])
-    parts = [f"# {c.title}", c.question, plain(summary(c)), *reading(c)]
+    parts = [f"# {c.title}", c.question, table(linked(c, summary(c), out)), *reading(c)]
     if c.notes:
         parts += ["## To note", "\n".join(f"- {escape(note)}" for note in c.notes)]
     parts += ["## Plots", *(f"![{caption}]({name})\n\n{caption}" for name, caption in plots.items())]
     if c.evaluations:
-        approximately = f" ≈: not distinguishable from {c.baseline}." if c.baseline is not None else ""
-        parts += ["## Evaluations", plain(evaluations(c)), f"Of each run's best checkpoint.{approximately}"]
-    parts += ["## Memory by phase", plain(costs(c)), "## Runs", table(runs(c, out))]
+        rows = [{escape(key): escape(text) for key, text in row.items()} for row in evaluations(c)]
+        same = f" ≈: not distinguishable from {escape(c.baseline)}." if c.baseline is not None else ""
+        parts += ["## Evaluations", table(rows), f"Of each run's best checkpoint.{same}"]
+    parts += ["## Memory by phase", table(linked(c, costs(c), out)), "## Runs", table(runs(c, out))]
     parts += ["[results.csv](results.csv) has all columns, [timings.csv](timings.csv) what a clock said."]
     return "\n\n".join(part for part in parts if part) + "\n"
 

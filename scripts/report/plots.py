@@ -65,6 +65,7 @@ def plot_window(c: Collected) -> Figure | None:
 
 
 def plot_pareto_cache(c: Collected) -> Figure | None:
+    """At the longest context of which runs state the bytes."""
     longest = max(int(key.removeprefix(CACHE)) for key in c.results if key.startswith(CACHE))
     label = f"KV cache at {longest:,} tokens in MB (bfloat16)"
     return _pareto(c, {v: _scaled(of_variant(c.results, f"{CACHE}{longest}", v), 1e-6) for v in c.variants}, label)
@@ -167,10 +168,7 @@ PLOTS: dict[str, tuple[str, Callable[[Collected], Figure | None]]] = {
     "time": ("Validation loss by time: of this machine and its kernels.", plot_time),
     "position": ("Loss by position in the context.", plot_position),
     "position-difference": ("Loss by position, difference from the baseline.", plot_position_difference),
-    "sinks": (
-        "Perplexity of a long stream through a window, by sinks; dashed: recomputed.",
-        plot_sinks,
-    ),
+    "sinks": ("Perplexity of a long stream through a window, by sinks; dashed: recomputed.", plot_sinks),
     "recall": ("Recall by the distance from a key to its value; the band spans the seeds.", plot_recall),
     "cache": ("Bytes of the cache by context: the arithmetic that tests hold equal to allocation.", plot_cache),
 }

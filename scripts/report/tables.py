@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from scripts.report.collect import Collected
+from scripts.report.collect import Collected, Entry
 from scripts.report.statistics import Estimate, difference, of_variant
 
 Row = dict[str, str]  # heading -> text
@@ -73,7 +73,6 @@ def runs(c: Collected, out: Path) -> list[Row]:
     """A row a run, each number a link to the directory that it is from."""
     rows = []
     for entry, (_, result), (_, timing) in zip(c.entries, c.results.iterrows(), c.timings.iterrows(), strict=True):
-        target = os.path.relpath(entry.run.path, out).replace(os.sep, "/").replace(" ", "%20")
         figures = {
             "validation loss": f"{result['val_loss']:.4f}",
             "perplexity": f"{result['val_perplexity']:.2f}",
@@ -81,9 +80,25 @@ def runs(c: Collected, out: Path) -> list[Row]:
             "tokens": f"{result['tokens']:,}",
             "seconds": f"{timing['elapsed_s']:,.0f}",
         }
-        links = {heading: f"[{text}]({target}/)" for heading, text in figures.items()}
+        links = {heading: link(text, entry, out) for heading, text in figures.items()}
         rows.append({"variant": escape(entry.variant), "seed": str(entry.seed)} | links)
     return rows
+
+
+def linked(c: Collected, rows: list[Row], out: Path) -> list[Row]:
+    """The rows, each a variant's, as Markdown, with links to its runs."""
+    shown = []
+    for row in rows:
+        own = [link(str(entry.seed), entry, out) for entry in c.entries if entry.variant == row["variant"]]
+        first, *rest = ((escape(key), escape(text)) for key, text in row.items())
+        shown.append(dict([first, ("seeds", " ".join(own)), *rest]))
+    return shown
+
+
+def link(text: str, entry: Entry, out: Path) -> str:
+    """To the run's directory, from a page in `out`."""
+    target = os.path.relpath(entry.run.path, out).replace(os.sep, "/").replace(" ", "%20")
+    return f"[{text}]({target}/)"
 
 
 def spread(x: Estimate | None) -> str:
