@@ -49,7 +49,7 @@ class Runner:
     def run(self) -> int | None:
         """All cells; or until a signal, which is returned: what runs is told to save, and waited for."""
         waiting = deque((cell, jobs) for cell in self.cells if (jobs := self.jobs_of(cell)))
-        n_cells, total = len(waiting), sum(cell.config.train.max_steps for cell in self.cells)
+        total = sum(cell.config.train.max_steps for cell in self.cells)
         bar = tqdm(total=total, initial=self.steps_done(), unit="step", desc=self.out.name, disable=None, smoothing=0)
         with stop_signals() as stopped, bar:
             while self.tasks or (waiting and not stopped):
@@ -65,7 +65,8 @@ class Runner:
                         self.tasks.remove(task)
                         self.ended(task, stopping=bool(stopped))
                 bar.n = self.steps_done()
-                bar.set_postfix_str(f"{n_cells - len(waiting) - len(self.tasks)}/{n_cells} cells")
+                ended = len(self.cells) - len(waiting) - len(self.tasks)
+                bar.set_postfix_str(f"{ended}/{len(self.cells)} cells")
         return stopped[0] if stopped else None
 
     def jobs_of(self, cell: Cell) -> deque[Job]:

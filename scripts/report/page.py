@@ -24,7 +24,7 @@ code { background: var(--soft); padding: .1em .35em; border-radius: 4px; font-si
 .table { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .8rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { white-space: normal; vertical-align: bottom; min-width: 5.5rem; background: var(--soft); font-weight: 600; }
+th { white-space: normal; vertical-align: bottom; min-width: 4rem; background: var(--soft); font-weight: 600; }
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--soft); font-weight: 600; }
 p, li { max-width: 75ch; overflow-wrap: anywhere; }
