@@ -25,6 +25,7 @@ from scripts.ablate.plan import train_and_evaluation_flops
 from scripts.ablate.study import cells, load_study
 from scripts.memory import with_known_vocabulary
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # programs that this process imported
 SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.toml"))
 MEASURE = ["scripts.measure", "--new-tokens", "3", "--rounds", "1", "--device", "cpu"]
 
