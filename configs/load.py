@@ -36,17 +36,19 @@ def with_options(
 def load(file: Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:
     """The config of a file with overrides on top. UserError names the file or the option, the key and the value."""
     overrides = overrides or {}
-    content: dict[str, Any] = {}
-    if file is not None:
-        try:
-            content = tomllib.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            near = difflib.get_close_matches(str(file), [str(p) for p in file.parent.glob("*.toml")], n=1)
-            raise UserError(f"{file} does not exist" + (f"; did you mean {near[0]}?" if near else "")) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as TOML: {error}") from None
-        content.setdefault("name", file.stem)
-    return build(RunConfig, _merge(content, overrides), source=_source(file, overrides))
+    content = {} if file is None else {"name": file.stem} | read_toml(file)
+    return build(RunConfig, merge(content, overrides), source=_source(file, overrides))
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """What a file says. UserError where there is none, with the nearest name, or where it is no TOML."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(file), [str(p) for p in file.parent.glob("*.toml")], n=1)
+        raise UserError(f"{file} does not exist" + (f"; did you mean {near[0]}?" if near else "")) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as TOML: {error}") from None
 
 
 def build(schema: type[T], values: dict[str, Any], *, source: Callable[[tuple], str] = lambda key: "") -> T:
@@ -107,11 +109,12 @@ def _source(file: Path | None, overrides: dict[str, Any]) -> Callable[[tuple], s
     return source
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, with `above` on top of `below` in every section."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
-        merged[key] = _merge(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
+        merged[key] = merge(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
     return merged
 
 

@@ -36,11 +36,14 @@ def exit_with_one_line(main: Callable[[], T]) -> T:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM fill instead of breaking into a step; a second one stops at once."""
+    """A list that Ctrl-C and SIGTERM fill instead of breaking into a step; a second Ctrl-C stops at once.
+
+    A second SIGTERM does not: schedulers send it to every process of a job, and programs send it on to theirs.
+    """
     received: list[int] = []
 
     def note(number: int, _frame: object) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 

@@ -121,6 +121,10 @@ class RunConfig(Section):
         """The run's directory."""
         return self.out_dir / self.name
 
+    def experiment(self) -> dict[str, Any]:
+        """All of it as JSON, but where it is kept and shown: runs of equal ones are the same experiment."""
+        return self.model_dump(mode="json", exclude={"name": True, "out_dir": True, "log": True, "data": {"dir"}})
+
     @property
     def global_rows(self) -> int:
         """Sequences of one optimizer step."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from configs.program import exit_with_one_line
-from scripts.report import report
+from scripts.report.write import report
 
 CONFIG = "configs/demo.toml"
 VARIANTS = {
@@ -44,7 +44,7 @@ def demo(options: Options) -> None:
     for run in runs:
         print(f"\n--- {run.name} ---", flush=True)
         _python("generate.py", str(run), *SAMPLE)
-    print(f"\n{table}\n\n{options.out}/report.md, loss.png, cache.png; in {time.perf_counter() - start:.0f} s")
+    print(f"\n{table}\n\n{options.out}/report.html, report.md and plots; in {time.perf_counter() - start:.0f} s")
 
 
 def _python(*arguments: str, quiet: bool = False) -> None:

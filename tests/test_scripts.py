@@ -12,9 +12,9 @@ import train
 from configs.run_dir import RunDir
 from model import cost
 from model.errors import UserError
-from scripts import demo, measure, report
-
-PNG = b"\x89PNG"
+from scripts import demo, measure
+from scripts.report import __main__ as report
+from scripts.report.collect import collect
 
 
 @pytest.fixture(scope="module")
@@ -76,58 +76,33 @@ def test_measuring_what_is_no_run_is_refused(program, tmp_path):
 # report
 
 
-def test_a_report_is_a_table_and_two_plots(program, runs, tmp_path):
+def test_a_report_is_a_table_a_page_and_plots(program, runs, tmp_path):
     ended = program(report.main, runs / "wide", runs / "narrow", "--out", tmp_path / "report")
     assert ended.code == 0
     table = ended.out.splitlines()
     assert [row.split("|")[1].strip() for row in table[:1] + table[2:4]] == ["variant", "wide", "narrow"]
     assert len({len(row) for row in table[:4]}) == 1
-    files = {file.name: file.read_bytes() for file in (tmp_path / "report").iterdir()}
-    assert sorted(files) == ["cache.png", "loss.png", "report.md"]
-    assert files["report.md"].decode().startswith("\n".join(table[:4]))
-    assert files["cache.png"].startswith(PNG)
-    assert files["loss.png"].startswith(PNG)
+    files = {file.name for file in (tmp_path / "report").iterdir()}
+    assert files >= {"report.md", "report.html", "results.csv", "timings.csv", "loss.png", "cache.png"}
 
 
 def test_a_row_says_what_the_run_came_to(runs):
     run = RunDir(runs / "wide")
-    summary, row = run.summary(), report.row(run)
+    summary, config = run.summary(), run.config()
+    (row,) = collect([runs / "wide"]).results.to_dict("records")
+    shared = (summary.keys() & row.keys()) - {"variant"}
+    assert shared >= {"val_perplexity", "val_bits_per_byte", "peak_memory_train_bytes", "stream_hash"}
+    assert {key: row[key] for key in shared} == {key: summary[key] for key in shared}
     assert (row["variant"], row["layers"], row["kernel"]) == ("wide", "swa full", summary["kernel"])
-    assert row["parameters"] == cost.n_params(run.config().model)
-    assert row["bits per byte"] == summary["val_bits_per_byte"]
-    assert row["cache at 32,768"] == cost.cache_bytes(run.config().model, 32_768)
-    assert row["peak memory of a training step"] == summary["peak_memory_train_bytes"]
-
-
-@pytest.mark.parametrize(
-    ("heading", "value", "shown"),
-    [
-        ("decode tokens/s", None, "not measured"),
-        ("decode tokens/s", 1234.56, "1,234.6"),
-        ("bits per byte", 1.23456, "1.235"),
-        ("cache at 512", 1_500_000, "1.50 MB"),
-        ("peak memory of a training step", 123_456_789, "123.46 MB"),
-        ("parameters", 4_560_000, "4.56 M"),
-        ("layers", "swa*5 full", "swa*5 full"),
-    ],
-)
-def test_a_figure_is_shown_with_its_unit_and_what_is_absent_as_absent(heading, value, shown):
-    assert report.cell(heading, value) == shown
-
-
-def test_a_run_that_is_not_finished_is_refused(program, tmp_path):
-    save_run(tmp_path / "run")
-    ended = program(report.main, tmp_path / "run", "--out", tmp_path / "report")
-    ended.assert_refused(f"{tmp_path / 'run'} is not finished: repeat its training command first")
-    assert not (tmp_path / "report").exists()
+    assert row["n_params"] == cost.n_params(config.model)
+    assert row["kv_cache_bytes_32768"] == cost.cache_bytes(config.model, 32_768)
 
 
 def test_runs_evaluated_on_different_streams_share_no_table(runs, tmp_path, text, unmeasured):
     other = train.run(run_config(tmp_path, text, "other", train={"eval_tokens": 50})).path
     with pytest.raises(UserError) as error:
-        report.report([runs / "wide", other], tmp_path / "report")
+        collect([runs / "wide", other])
     assert str(error.value) == "2 evaluation streams among these runs: their losses cannot share a table"
-    assert not (tmp_path / "report").exists()
 
 
 def test_the_folder_of_runs_may_hold_the_report_itself(runs, tmp_path, program):
@@ -172,13 +147,11 @@ def tiny_demo(monkeypatch, tmp_path, text, program, capsys, unmeasured_speed) ->
 def test_the_demo_trains_measures_and_compares_three_kinds_of_attention(tiny_demo, tmp_path, capsys):
     demo.demo(demo.Options(out=tmp_path / "demo"))
     names = ["mha", "gqa", "gqa-swa"]
-    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == sorted(
-        [*names, "report.md", "loss.png", "cache.png"]
-    )
-    table = (tmp_path / "demo" / "report.md").read_text()
-    assert [row.split("|")[1].strip() for row in table.splitlines()[2:5]] == names
+    assert {*names, "report.html", "results.csv", "loss.png"} <= {file.name for file in (tmp_path / "demo").iterdir()}
+    table = capsys.readouterr().out.split("\n\n")[-2]
+    rows = [row for row in table.splitlines() if row.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == names
     assert "not measured" not in table
-    assert table.splitlines()[2] in capsys.readouterr().out
     assert [arguments[0] for arguments in tiny_demo] == ["train.py"] * 3 + ["-m"] * 3 + ["generate.py"] * 3
 
 

@@ -1,0 +1,83 @@
+"""What a study would take, without running it: an estimate of time by arithmetic, and memory by a step on shapes."""
+
+import statistics
+from pathlib import Path
+
+from configs.run_dir import RunDir
+from configs.schema import RunConfig
+from model import cost
+from model.device import Runtime, matmul_rate, resolve
+from model.errors import UserError
+from model.estimate import train_peak
+from scripts.ablate.runner import last_step
+from scripts.ablate.study import Cell
+from scripts.memory import with_known_vocabulary
+from scripts.report.tables import table
+
+ASSUMED_MFU = 0.25  # the share of the rate of matrix products that small models reached on a CPU
+BYTES_AND_END = 257  # the most tokens of a char tokenizer, whose text says how many
+
+
+def plan(cells: list[Cell]) -> str:
+    """The cells as a table, and their time in all."""
+    if not cells:
+        return "this part has no cells"
+    runtime = resolve(cells[0].config.device, cells[0].config.dtype)
+    rate = matmul_rate(runtime)
+    known = [mfu for cell in cells for mfu in _measured_mfu(cell.path)]
+    mfu = statistics.median(known) if known else ASSUMED_MFU
+    rows, seconds_left = [], 0.0
+    memory: dict[str, int] = {}  # by variant: seeds are alike
+    for cell in cells:
+        config = _with_vocabulary(cell.config)
+        seconds = train_and_evaluation_flops(config) / (rate * mfu)
+        steps, step = config.train.max_steps, last_step(cell.path)
+        seconds_left += seconds * (1 - step / steps)
+        done = RunDir(cell.path).summary() is not None
+        if cell.variant not in memory:
+            memory[cell.variant] = step_memory(config, runtime)
+        rows.append(
+            {
+                "cell": cell.path.name,
+                "variant": cell.variant,
+                "seed": str(cell.seed),
+                "state": "finished" if done else f"{step} of {steps} steps" if step else f"{steps} steps",
+                "parameters": f"{cost.n_params(config.model) / 1e6:.2f} M",
+                "time": f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min",
+                "training memory": f"{memory[cell.variant] / 1e6:,.0f} MB",
+            }
+        )
+    whence = "as runs here reached" if known else "assumed"
+    return (
+        f"{table(rows)}\n\nto do: about {seconds_left / 60:.1f} min of training and evaluation, one cell at a time; "
+        "what measures a cell after its training comes on top. "
+        f"An estimate: FLOPs at {mfu:.0%} ({whence}) of the {rate / 1e9:,.0f} GFLOP/s measured of matrix products "
+        f"({runtime.why}). Memory is that of a training step with the kernels of a CPU, without allocating it."
+    )
+
+
+def train_and_evaluation_flops(config: RunConfig) -> float:
+    """Of a whole run; an evaluation is forward alone, a third. One over a whole split, of unknown size, is left out."""
+    T, train = config.model.block_size, config.train
+    per_token = cost.train_flops(config.model, T) / T
+    evaluations = -(-train.max_steps // train.eval_every)
+    evaluated = evaluations * (train.eval_tokens or 0) / 3
+    return per_token * (train.max_steps * train.global_batch_tokens + evaluated)
+
+
+def step_memory(config: RunConfig, runtime: Runtime) -> int:
+    """Bytes live at the peak of a training step."""
+    optimizer, recompute = config.optim.optimizer, config.train.recompute
+    parts = train_peak(config.model, config.micro_rows, runtime.dtype, optimizer=optimizer, recompute=recompute)
+    return sum(parts.values())
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    try:
+        return with_known_vocabulary(config)
+    except UserError:
+        return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": BYTES_AND_END})})
+
+
+def _measured_mfu(run: Path) -> list[float]:
+    return [x["mfu"] for x in RunDir(run).metrics() if "mfu" in x] if RunDir(run).summary() is not None else []

@@ -1,0 +1,190 @@
+"""Run directories -> two tables with a row a run: what came out, the same every time, and what a clock said."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from configs.run_dir import RunDir
+from model.errors import UserError
+
+STUDY = "study.json"  # in the directory of a study: its question, its baseline, its cells
+MEASURED, EVALUATIONS = "measured.json", "evaluations.json"  # in a run's directory: {column: number}
+EVALUATED_STEP = "evaluated_step"  # the column that says of which checkpoint the evaluations are
+CLOCKS = re.compile(r"(_per_s|_s|_ms|_seconds)$|^mfu$|^peak_memory_process_bytes$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A run and what it stands for."""
+
+    run: RunDir
+    variant: str
+    seed: int
+
+
+@dataclass(kw_only=True)
+class Collected:
+    """Finished runs; `results` and `timings` have a row for each, in the same order."""
+
+    entries: list[Entry]
+    results: pd.DataFrame
+    timings: pd.DataFrame
+    varying: list[str]  # keys of the config in which runs differ beside the seed, columns of results
+    evaluations: list[str]  # columns that evaluations brought
+    title: str = "Report"
+    question: str = ""
+    baseline: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def variants(self) -> list[str]:
+        return list(self.results["variant"].unique())
+
+    def of(self, variant: str) -> list[RunDir]:
+        """The variant's runs, by seed."""
+        return [entry.run for entry in self.entries if entry.variant == variant]
+
+
+def collect(paths: list[Path], baseline: str | None = None) -> Collected:
+    """All about the runs, and about the finished cells of the studies, that `paths` are directories of.
+
+    UserError where a run is not finished, or losses cannot share a table.
+    """
+    studies = [path for path in paths if (path / STUDY).is_file()]
+    single = [path for path in paths if path not in studies and (path.is_dir() or not path.exists())]
+    entries = _entries([RunDir.of(path) for path in single])
+    plans = [json.loads((study / STUDY).read_text()) for study in studies]
+    notes = []
+    for study, plan in zip(studies, plans, strict=True):
+        cells = [Entry(run=RunDir(study / c["path"]), variant=c["variant"], seed=c["seed"]) for c in plan["cells"]]
+        finished = [cell for cell in cells if cell.run.summary() is not None]
+        missing = [f"{cell.variant} seed {cell.seed}" for cell in cells if cell not in finished]
+        if missing:
+            notes.append(f"{len(missing)} of {len(cells)} cells are not finished: {', '.join(missing)}.")
+        entries += finished
+    if not entries:
+        raise UserError(f"nothing is finished in {', '.join(map(str, paths))} yet")
+    results, timings = pd.DataFrame([_results(e) for e in entries]), pd.DataFrame([_timings(e) for e in entries])
+    configs = pd.json_normalize([entry.run.config().experiment() for entry in entries]).drop(columns="seed")
+    varying = [key for key in configs if configs[key].map(str).nunique() > 1]
+    results = pd.concat([results.iloc[:, :2], configs[varying], results.iloc[:, 2:]], axis=1)
+    _check(results, experiments=configs.map(str).agg(tuple, axis=1))
+    if baseline not in (None, *results["variant"]):
+        raise UserError(f"--baseline ({baseline}) is none of {', '.join(results['variant'].unique())}")
+    if baseline is None and plans:
+        baseline = plans[0]["baseline"]
+        if baseline not in set(results["variant"]):
+            notes.append(f"No cell of the baseline, {baseline}, is finished: there is nothing to differ from.")
+            baseline = None
+    return Collected(
+        entries=entries,
+        results=results,
+        timings=timings,
+        varying=varying,
+        evaluations=_evaluations(entries, results),
+        title=" and ".join(plan["name"] for plan in plans) or "Report",
+        question=" ".join(plan["question"] for plan in plans),
+        baseline=baseline,
+        notes=notes + _marks(entries, results),
+    )
+
+
+def _entries(runs: list[RunDir]) -> list[Entry]:
+    """Runs that differ in their seed alone are one variant, named by what their names begin with."""
+    found: dict[str, list[RunDir]] = {}
+    for run in runs:
+        if run.summary() is None:
+            raise UserError(f"{run.path} is not finished: repeat its training command first")
+        found.setdefault(json.dumps(run.config().experiment() | {"seed": None}), []).append(run)
+    entries = []
+    for group in found.values():
+        names = [run.path.name for run in group]
+        shared = names[0][: next((i for i, x in enumerate(zip(*names, strict=False)) if len(set(x)) > 1), None)]
+        variant = names[0] if len(names) == 1 else shared.rstrip("-_. ") or names[0]
+        entries += [Entry(run=run, variant=variant, seed=run.config().seed) for run in group]
+    return entries
+
+
+def _results(entry: Entry) -> dict[str, Any]:
+    """All of a run that does not depend on time or place."""
+    summary = _summary(entry.run)
+    cache = {f"kv_cache_bytes_{n}": x for n, x in summary.pop("kv_cache_bytes").items()}
+    own = {"variant": entry.variant, "seed": entry.seed}
+    tokens = {"tokens_per_step": entry.run.config().train.global_batch_tokens}
+    found = summary | tokens | cache | _measured(entry.run)
+    return own | {key: value for key, value in found.items() if key not in own and not CLOCKS.search(key)}
+
+
+def _timings(entry: Entry) -> dict[str, Any]:
+    """What a clock said, or the state of the machine, and on what."""
+    speeds = [x["tokens_per_s"] for x in entry.run.metrics() if "tokens_per_s" in x]
+    found = {key: x for key, x in (_summary(entry.run) | _measured(entry.run)).items() if CLOCKS.search(key)}
+    found["tokens_per_s"] = float(pd.Series(speeds, dtype=float).median())  # of all lines, not of the last alone
+    facts = entry.run.facts()
+    where = {key: facts.get(key) for key in ("matmul_flops_per_s", "runtime", "commit")}
+    return {"variant": entry.variant, "seed": entry.seed} | found | where
+
+
+def _summary(run: RunDir) -> dict[str, Any]:
+    """summary.json, with what a run that was resumed for its last step measured before."""
+    lines = run.metrics()
+    peaks = {key: x for line in lines for key, x in line.items() if key.startswith("peak_memory")}
+    return peaks | (run.summary() or {})
+
+
+def _measured(run: RunDir) -> dict[str, Any]:
+    return _json(run, MEASURED) | _json(run, EVALUATIONS)
+
+
+def _json(run: RunDir, name: str) -> dict[str, Any]:
+    file = run.path / name
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _evaluations(entries: list[Entry], results: pd.DataFrame) -> list[str]:
+    found = dict.fromkeys(key for entry in entries for key in _json(entry.run, EVALUATIONS))
+    return [key for key in found if key in results and key != EVALUATED_STEP]
+
+
+def _check(results: pd.DataFrame, experiments: pd.Series) -> None:
+    """UserError where the rows cannot share an axis."""
+    if (n := results["stream_hash"].nunique()) > 1:
+        raise UserError(f"{n} evaluation streams among these runs: their losses cannot share a table")
+    twice = results[results.duplicated(["variant", "seed"])]
+    if len(twice):
+        variant, seed = twice.iloc[0][["variant", "seed"]]
+        raise UserError(f"two runs are {variant} with seed {seed}: give one of them")
+    for variant, kinds in experiments.groupby(results["variant"], sort=False):
+        if kinds.nunique() > 1:
+            raise UserError(f"different experiments are both called {variant}: report them apart")
+
+
+def _marks(entries: list[Entry], results: pd.DataFrame) -> list[str]:
+    """What differs between rows and bears on how they may be compared, a sentence each."""
+    facts = [entry.run.facts() for entry in entries]
+    differing = {
+        "Tokens per step": (list(results["tokens_per_step"]), "equal tokens are not equally many steps"),
+        "Machines": ([fact["runtime"] for fact in facts], "do not compare their times"),
+        "Commits": ([fact["commit"] for fact in facts], "the code may have changed between them"),
+        "Versions of torch": ([fact["versions"]["torch"] for fact in facts], "so may numbers"),
+    }
+    found = []
+    if results["kernel"].nunique() > 1:
+        found.append("Kernels differ, see the table: times and training memory are of the kernels as well.")
+    for name, (values, consequence) in differing.items():
+        if len(kinds := Counter(values)) > 1:
+            each = "; ".join(f"{value}: {n} run{'s' if n > 1 else ''}" for value, n in kinds.items())
+            found.append(f"{name} differ ({each}): {consequence}.")
+    late = results[results["best_val_loss"] < results["val_loss"]]
+    if len(late):
+        which = ", ".join(f"{variant} seed {seed}" for variant, seed in zip(late["variant"], late["seed"], strict=True))
+        found.append(
+            f"The best checkpoint, of which generation and evaluations are measured, is not the last of {which}: "
+            "the losses of the table are of the last."
+        )
+    return found

@@ -1,0 +1,107 @@
+"""Plots of what evaluations found in a context, in a stream, at a distance; None where no run was evaluated so."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from scripts.report.collect import Collected
+from scripts.report.figure import legend, look, new_figure
+from scripts.report.statistics import of_variant
+
+POSITIONS = "loss_by_position.json"  # in a run's directory: {"position": [...], "loss": [...]}, from 1 on
+DISTANCES = "recall_by_distance.json"  # likewise: {"distance": [...], "recall": [...], "chance": x}
+STREAM = re.compile(r"stream_perplexity\[.*n_sink=(\d+).*\]")  # columns
+
+
+def plot_position(c: Collected) -> Figure | None:
+    """Loss by position in the context, means over seeds."""
+    table = _loss_by_position(c)
+    if table is None:
+        return None
+    figure, (axes,) = new_figure("position in the context", ["loss (nats per token)"])
+    for variant, style in look(c.variants).items():
+        if variant in table:
+            mean = table[variant].mean(axis=1)
+            axes.plot(mean.index, mean, ms=3, label=variant, **style)
+    axes.set_xscale("log")
+    legend(figure, axes)
+    return figure
+
+
+def plot_position_difference(c: Collected) -> Figure | None:
+    """Its difference from the baseline, pair by pair; the band spans the seeds."""
+    table = _loss_by_position(c)
+    if table is None or c.baseline is None or c.baseline not in table:
+        return None
+    figure, (axes,) = new_figure("position in the context", [f"loss, difference from {c.baseline}"])
+    for variant, style in look(c.variants).items():
+        if variant in table and variant != c.baseline:
+            change = (table[variant] - table[c.baseline]).dropna(axis=1, how="all")
+            axes.plot(change.index, change.mean(axis=1), ms=3, label=variant, **style)
+            axes.fill_between(change.index, change.min(axis=1), change.max(axis=1), color=style["color"], alpha=0.1)
+    axes.axhline(0, color="black", lw=1)
+    axes.set_xscale("log")
+    legend(figure, axes)
+    return figure
+
+
+def plot_recall(c: Collected) -> Figure | None:
+    """Share of keys whose value is recalled, by distance; the band spans the seeds."""
+    found = _curves(c, DISTANCES)
+    if not found:
+        return None
+    table = pd.DataFrame({key: pd.Series(x["recall"], index=x["distance"], dtype=float) for key, x in found.items()})
+    figure, (axes,) = new_figure("tokens between a key and its value", ["recalled"])
+    for variant, style in look(c.variants).items():
+        if variant in table:
+            own = table[variant]
+            axes.plot(own.index, own.mean(axis=1), ms=4, label=variant, **style)
+            axes.fill_between(own.index, own.min(axis=1), own.max(axis=1), color=style["color"], alpha=0.1)
+    axes.axhline(next(iter(found.values()))["chance"], color="grey", lw=0.8, ls="--", label="by chance")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0, 1.02)
+    legend(figure, axes)
+    return figure
+
+
+def plot_sinks(c: Collected) -> Figure | None:
+    """Perplexity of a long stream through a window by the number of sinks, and (dashed) recomputed without a cache."""
+    columns = {column: int(match[1]) for column in c.evaluations if (match := STREAM.fullmatch(column))}
+    recomputed = next((column for column in c.evaluations if column.startswith("recomputed_perplexity")), None)
+    if len(set(columns.values())) < 2:
+        return None
+    figure, (axes,) = new_figure("first tokens that stay visible (sinks)", ["perplexity of the stream"])
+    for variant, style in look(c.variants).items():
+        points = [(k, x) for column, k in columns.items() if (x := of_variant(c.results, column, variant))]
+        if points:
+            spread = [x.half or 0.0 for _, x in points]
+            axes.errorbar(
+                *zip(*((k, x.mean) for k, x in points), strict=True), spread, label=variant, capsize=3, **style
+            )
+        if recomputed and (x := of_variant(c.results, recomputed, variant)):
+            axes.axhline(x.mean, color=style["color"], lw=1, ls="--")
+    axes.set_xticks(sorted(set(columns.values())))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    legend(figure, axes)
+    return figure
+
+
+def _loss_by_position(c: Collected) -> pd.DataFrame | None:
+    """Rows: tokens that a prediction could see; columns: (variant, seed)."""
+    found = _curves(c, POSITIONS)
+    if not found:
+        return None
+    return pd.DataFrame({key: pd.Series(x["loss"], index=x["position"], dtype=float) for key, x in found.items()})
+
+
+def _curves(c: Collected, name: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """What a file of each run says that has it, by (variant, seed)."""
+    files: dict[tuple[str, int], Path] = {(entry.variant, entry.seed): entry.run.path / name for entry in c.entries}
+    return {key: json.loads(file.read_text()) for key, file in files.items() if file.is_file()}

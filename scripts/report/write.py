@@ -1,0 +1,43 @@
+"""A report, written: tables, plots, and the page that holds them."""
+
+import io
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from data.storage import write_atomically
+from model.checkpoint import write_text
+from scripts.report.collect import Collected, collect
+from scripts.report.page import markdown, page
+from scripts.report.plots import PLOTS
+from scripts.report.tables import summary, table
+
+
+def report(paths: list[Path], out: Path, baseline: str | None = None) -> str:
+    """Write all of it into `out`; return the table. UserError where runs cannot stand in one table."""
+    collected = collect(paths, baseline)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("results", "timings"):
+        rows: pd.DataFrame = getattr(collected, name).copy()
+        rows.insert(2, "run", [os.path.relpath(entry.run.path, out) for entry in collected.entries])
+        write_text(out / f"{name}.csv", rows.to_csv(index=False))
+    text = markdown(collected, draw(collected, out), out)
+    write_text(out / "report.md", text)
+    write_text(out / "report.html", page(text, collected.title, out))
+    return table(summary(collected))
+
+
+def draw(collected: Collected, out: Path) -> dict[str, str]:
+    """Save each plot that these runs have something for; captions by file name."""
+    captions = {}
+    for name, (caption, make) in PLOTS.items():
+        figure = make(collected)
+        if figure is None:
+            (out / f"{name}.png").unlink(missing_ok=True)  # of a report before this one
+            continue
+        image = io.BytesIO()
+        figure.savefig(image, dpi=160)
+        write_atomically(out / f"{name}.png", image.getvalue())
+        captions[f"{name}.png"] = caption
+    return captions
