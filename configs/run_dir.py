@@ -22,7 +22,7 @@ from model.optim import Optimizers
 
 MAY_CHANGE = (  # on resume: none of them is part of the experiment
     *("name", "out_dir", "data.dir", "device", "dtype", "compile", "log", "model.kernel"),
-    *("train.max_steps", "train.micro_batch", "train.recompute"),
+    *("train.max_steps", "train.patience", "train.micro_batch", "train.recompute"),
 )
 KEEP = 2  # newest checkpoints, beside the best
 

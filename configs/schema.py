@@ -77,6 +77,16 @@ class TrainConfig(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics")
     checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints; there is always one at the end")
+    patience: int | None = Field(
+        None, ge=1, description="evaluations in a row without a better one after which the run ends; none: never"
+    )
+    spike_sigma: float | None = Field(
+        10.0,
+        gt=0,
+        description="skip a step whose loss or gradient norm is this many standard deviations above its running mean; "
+        "none: only what is not finite",
+    )
+    max_skipped: int = Field(5, ge=0, description="skipped steps in a row that are borne; one more stops the run")
 
 
 class LogConfig(Section):
