@@ -4,7 +4,7 @@ The same command on an unfinished run goes on where it stopped, and ends as if i
 """
 
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from configs.run_dir import Metrics, RunDir, environment
 from configs.schema import RunConfig
 from data.loader import TrainLoader, ahead
 from data.prepare import Prepared, prepare
-from model import checkpoint, cost
+from model import checkpoint, cost, parallel
 from model.config import describe_layers
-from model.device import Runtime, compile_blocks, matmul_rate, resolve
+from model.device import Runtime, compile_blocks, matmul_rate, memory_at_hand, resolve
 from model.errors import UserError
+from model.estimate import rows_that_fit
 from model.gpt import GPT
 from model.optim import make_optimizers
+from model.parallel import Replica, World
 from trainer import DivergedError, Progress, Trainer
 
+MEMORY_TO_FILL = 0.8  # of what a CUDA device has: the estimate knows neither its kernels' work space nor fragments
 CACHE_LENGTHS = (32_768,)  # beside block_size, where summary.json states the bytes of the KV cache
 
 
@@ -41,12 +44,19 @@ class RunResult:
 
 def run(config: RunConfig) -> RunResult:
     """Train as the config says, or go on with the run that was begun. UserError for what cannot work."""
-    prepared = prepare(config.data.text, config.data.tokenizer, root=config.data.dir, progress=config.log.progress)
+    with parallel.together(config.device) as world:
+        return run_in(world, config)
+
+
+def run_in(world: World, config: RunConfig) -> RunResult:
+    """The run, as each of its processes does it. The first writes and prints."""
+    show = config.log.progress and world.is_first
+    prepared = prepare(config.data.text, config.data.tokenizer, root=config.data.dir, progress=show)
     config = with_vocabulary(config, prepared)
     T, train, max_steps = config.model.block_size, config.train, config.train.max_steps
     loader = TrainLoader(prepared.split("train"), block_size=T, global_rows=config.global_rows, seed=config.seed)
     flops = cost.train_flops(config.model, T) * config.global_rows * max_steps
-    runtime = resolve(config.device, config.dtype, config.compile, flops=flops)
+    runtime = resolve(world.device, config.dtype, config.compile, flops=flops)
 
     run_dir = RunDir(config.path)
     resumed, progress = None, Progress()
@@ -56,63 +66,67 @@ def run(config: RunConfig) -> RunResult:
         progress = Progress(**resumed.state["progress"]) if resumed else progress
         if progress.is_over(train) and (summary := run_dir.summary()):
             longer = "max_steps" if progress.step >= max_steps else "patience"
-            print(
-                f"{run_dir.path} is finished at step {progress.step}: --train.{longer} extends it, --name begins anew"
-            )
+            finished = f"{run_dir.path} is finished at step {progress.step}"
+            world.say(f"{finished}: --train.{longer} extends it, --name begins anew")
             return RunResult(path=run_dir.path, step=progress.step, summary=summary)
 
     torch.manual_seed(config.seed)
     model = GPT(config.model).to(runtime.device)
-    optimizers = make_optimizers(model, **config.optim.numbers)
-    if resumed:
-        checkpoint.load_training(model, optimizers, resumed)
-    rate = matmul_rate(runtime)
-    announce(config, prepared, runtime, resumed_at=progress.step)
-    run_dir.begin(config, environment(runtime) | {"data": prepared.digest, "matmul_flops_per_s": rate})
-    run_dir.cut_metrics(progress.step)
-    prepared.tokenizer.save(run_dir.path / "tokenizer.json")
     model.recompute = train.recompute
     if runtime.compile:
         compile_blocks(model)
+    replica = Replica(model, world, train.parallel, runtime.device)
+    config = with_micro_batch(config, replica, runtime)
+    optimizers = make_optimizers(model, **config.optim.numbers)
+    if resumed:
+        checkpoint.load_training(model, optimizers, resumed)
+    rate = matmul_rate(runtime) * world.size
+    world.wait()  # until all have read what is there
+    if world.is_first:
+        announce(config, prepared, runtime, replica, resumed_at=progress.step)
+        run_dir.begin(config, environment(runtime) | {"data": prepared.digest, "matmul_flops_per_s": rate})
+        run_dir.cut_metrics(progress.step)
+        prepared.tokenizer.save(run_dir.path / "tokenizer.json")
 
-    trainer = Trainer(config, model, optimizers, prepared, loader, runtime, progress, peak_flops=rate)
-    saved_at, line = progress.step, None
-    rows = loader.batches(progress.step, max_steps, config.micro_rows)
+    trainer = Trainer(config, replica, optimizers, prepared, loader, runtime, progress, peak_flops=rate)
+    saved_at, line, signal = progress.step, None, 0
+    batches_of_all = loader.batches(progress.step, max_steps, config.micro_rows, world.part_of(config.global_rows))
     with (
         stop_signals() as stopped,
-        closing(Metrics(run_dir, config)) as metrics,
-        closing(ahead(rows, runtime.place, in_thread=runtime.device.type == "cuda")) as batches,
-        progress_bar(config, progress.step) as bar,
+        closing(Metrics(run_dir, config)) if world.is_first else nullcontext() as metrics,
+        closing(ahead(batches_of_all, runtime.place, in_thread=runtime.device.type == "cuda")) as batches,
+        progress_bar(config, progress.step, show=show) as bar,
     ):
-        while not progress.is_over(train) and not stopped:
+        while not progress.is_over(train) and not (signal := world.largest(*stopped[:1])):
             trainer.step(batches)
             due = lambda every: progress.step == max_steps or progress.step % every == 0
             found = trainer.evaluate() if due(train.eval_every) else {}
             if found or due(train.log_every):
                 line = trainer.report() | found
-                metrics.write(line)
+                if metrics:
+                    metrics.write(line)
                 bar.set_postfix({key: f"{line[key]:.3f}" for key in ("train_loss", "val_loss") if key in line})
                 if found and (note := trainer.compare(line)):
-                    tqdm.write(f"note: {note}", file=sys.stderr)
+                    with tqdm.external_write_mode(sys.stderr):
+                        world.say(f"note: {note}", sys.stderr)
             bar.update()
             if trainer.improved or due(train.checkpoint_every):
                 trainer.save(run_dir)
                 saved_at = progress.step
         if saved_at != progress.step:
             trainer.save(run_dir)
-    if stopped and not progress.is_over(train):
-        print(f"stopped at step {progress.step}; the same command goes on from there", file=sys.stderr)
-        return RunResult(path=run_dir.path, step=progress.step, stopped_by=stopped[0])
+    if signal:
+        world.say(f"stopped at step {progress.step}; the same command goes on from there", sys.stderr)
+        return RunResult(path=run_dir.path, step=progress.step, stopped_by=signal)
     if line is None:  # it had come to its last step, and was cut short before its summary
         line = run_dir.metrics()[-1]
         line |= {} if "val_loss" in line else trainer.evaluate()
     if progress.step < max_steps:
-        n, best = progress.evaluations_since_best, progress.best_val_loss
-        print(
-            f"ended at step {progress.step}: {n} evaluations in a row were no better than {best:.4f} (train.patience)"
-        )
+        found_none = f"{progress.evaluations_since_best} evaluations in a row were no better than"
+        world.say(f"ended at step {progress.step}: {found_none} {progress.best_val_loss:.4f} (train.patience)")
     summary = line | summarize(config, progress) | {"stream_hash": trainer.stream_hash}
-    run_dir.finish(summary)
+    if world.is_first:
+        run_dir.finish(summary)
     return RunResult(path=run_dir.path, step=progress.step, summary=summary)
 
 
@@ -127,13 +141,33 @@ def with_vocabulary(config: RunConfig, prepared: Prepared) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-def announce(config: RunConfig, prepared: Prepared, runtime: Runtime, *, resumed_at: int) -> None:
+def with_micro_batch(config: RunConfig, replica: Replica, runtime: Runtime) -> RunConfig:
+    """The config with its micro_batch known: on CUDA as many rows as fit into the memory of every process."""
+    model, train, at_most = config.model, config.train, None
+    if train.micro_batch is None and (n_bytes := memory_at_hand(runtime.device)):
+        at_most = rows_that_fit(
+            model,
+            int(n_bytes * MEMORY_TO_FILL),
+            runtime.dtype,
+            optimizer=config.optim.optimizer,
+            recompute=train.recompute,
+            shards=replica.n_shards,
+        )
+        at_most = -replica.world.largest(-at_most)
+    rows = config.rows_at_once(n_processes=replica.world.size, at_most=at_most)
+    return config.model_copy(update={"train": train.model_copy(update={"micro_batch": rows})})
+
+
+def announce(config: RunConfig, prepared: Prepared, runtime: Runtime, replica: Replica, *, resumed_at: int) -> None:
     """Say what was chosen before it starts."""
     model, train = config.model, prepared.split("train")
     epochs = config.train.max_steps * config.train.global_batch_tokens / train.n_tokens
     print(f"{config.path}: {describe_layers(model.layers)}, {cost.n_params(model) / 1e6:.2f} M parameters")
     print(f"{prepared.directory}: {train.n_tokens / 1e6:.2f} M training tokens, {epochs:.2g} times through")
     print(runtime.why)
+    if (n := replica.world.size) > 1:
+        rows = f"{config.micro_rows} of {config.global_rows // n} rows at a time each"
+        print(f"{n} processes, {replica.method}, {rows}")
     for note in model.notes():
         print(f"note: {note}")
     if resumed_at:
@@ -153,9 +187,9 @@ def summarize(config: RunConfig, progress: Progress) -> dict[str, Any]:
     }
 
 
-def progress_bar(config: RunConfig, step: int) -> tqdm:
+def progress_bar(config: RunConfig, step: int, *, show: bool) -> tqdm:
     """Steps done, with the time left."""
-    disable = None if config.log.progress else True  # None: where there is a terminal
+    disable = None if show else True  # None: where there is a terminal
     return tqdm(total=config.train.max_steps, initial=step, unit="step", desc=config.name, disable=disable)
 
 
@@ -164,10 +198,10 @@ def main() -> None:
     try:
         result = run(config)
     except DivergedError as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {error}" if parallel.rank() == 0 else 1)
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)
-    if result.summary:
+    if result.summary and parallel.rank() == 0:
         numbers = (
             "validation loss {val_loss:.4f}, perplexity {val_perplexity:.2f}, {val_bits_per_byte:.4f} bits per byte"
         )

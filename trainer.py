@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,10 @@ from data.prepare import Prepared
 from model import cost
 from model.device import Runtime
 from model.evaluate import evaluate
-from model.gpt import GPT
 from model.guard import StepGuard
 from model.memory import PeakMemory, measure_peak, training_tensors
 from model.optim import Optimizers, lr_factor
+from model.parallel import Replica
 
 PARTED = 0.02  # both by this fraction: validation loss rose over its best, and training loss fell since
 
@@ -57,7 +58,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        model: GPT,
+        replica: Replica,
         optimizers: Optimizers,
         prepared: Prepared,
         loader: TrainLoader,
@@ -66,10 +67,11 @@ class Trainer:
         *,
         peak_flops: float,
     ):
-        self.config, self.model, self.optimizers, self.runtime = config, model, optimizers, runtime
+        self.config, self.optimizers, self.runtime = config, optimizers, runtime
+        self.replica, self.model, self.world = replica, replica.model, replica.world
         self.loader, self.progress, self.peak_flops = loader, progress, peak_flops
         T, train, device = config.model.block_size, config.train, runtime.device
-        self.kernel = model.kernel_names(T, runtime.dtype)
+        self.kernel = self.model.kernel_names(T, runtime.dtype)
         self.flops_per_token = cost.train_flops(config.model, T) / T
         self.val, self.token_bytes = prepared.split("val"), prepared.tokenizer.token_bytes()
         self.stream_hash = stream_hash(self.val, T, train.eval_tokens)
@@ -80,13 +82,15 @@ class Trainer:
         self.seconds = self.tokens = 0.0  # of steady steps since the last line
         self._lap_start = time.perf_counter()
         self.guard = StepGuard(device, sigma=train.spike_sigma, limit=train.max_skipped, state=progress.guard)
-        self.losses = torch.zeros(config.global_rows // config.micro_rows, device=device)  # of a step's micro-batches
+        n_micro = config.global_rows // self.world.size // config.micro_rows
+        self.measured = torch.zeros(n_micro + 1, device=device)  # of a step: the loss of each micro-batch, and the norm
         self.sums = torch.tensor([progress.loss_sum, progress.loss_count], device=device)  # float32; of good steps
         self.grad_norm = torch.zeros((), device=device)  # of the last good step
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One optimizer step. The first of a process warms up, the second is measured for memory, neither for speed."""
-        if self.n_steps == 1:
+        """One optimizer step. A process's first warms up, the next is measured for memory, neither for speed."""
+        warm_up = self.replica.warm_up_steps
+        if self.n_steps == warm_up:
             with measure_peak(self.runtime.device, training_tensors(self.model, self.optimizers)) as self.train_peak:
                 self._update(batches)
         else:
@@ -94,27 +98,37 @@ class Trainer:
         self.n_steps += 1
         self.progress.step += 1
         self.tokens += self.config.train.global_batch_tokens
-        if self.n_steps <= 2:
+        if self.n_steps <= warm_up + 1:
             self._lap()
             self.seconds = self.tokens = 0.0
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        config, step, n = self.config, self.progress.step, len(self.losses)
+        config, step, n = self.config, self.progress.step, len(self.measured) - 1
         self.optimizers.set_lr(lr_factor(step, max_steps=config.train.max_steps, **config.optim.schedule_numbers))
         for micro in range(n):
             idx, targets = next(batches)
-            with self.runtime.autocast():
-                loss = self.model(idx, targets)
-            (loss / n).backward()
-            self.losses[micro] = loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip)
-        bad = self.guard.judge(step + 1, self.losses, grad_norm)
+            self._seed(step, row=(self.world.rank * n + micro) * config.micro_rows)
+            with self.replica.backward(last=micro == n - 1):
+                with self.runtime.autocast():
+                    loss = self.replica(idx, targets)
+                (loss / n).backward()
+            self.measured[micro] = loss.detach()
+        self.measured[n] = self.replica.clip(config.optim.grad_clip)
+        measured = self.world.rows(self.measured)  # (processes, n + 1)
+        losses, grad_norm = measured[:, :n].flatten(), measured[:, n].max()
+        bad = self.guard.judge(step + 1, losses, grad_norm)
         if self.runtime.device.type == "cpu":
             self._refuse_divergence()
         self.optimizers.step(skip=bad)
-        loss = self.losses.mean()
+        loss = losses.mean()
         self.sums += torch.where(bad, 0.0, torch.stack([loss, torch.ones_like(loss)]))
         self.grad_norm.copy_(torch.where(bad, self.grad_norm, grad_norm))
+
+    def _seed(self, step: int, *, row: int) -> None:
+        """Dropout too is a pure function of seed, step and row, the first of its micro-batch, whoever computes it."""
+        if self.config.model.dropout:
+            state = np.random.SeedSequence([self.config.seed, step, row]).generate_state(1, np.uint64)
+            torch.manual_seed(int(state[0]))
 
     def _refuse_divergence(self) -> None:
         if not self.guard.lost:
@@ -157,9 +171,9 @@ class Trainer:
             if self.eval_peak is None:
                 held = training_tensors(self.model, self.optimizers)
                 with measure_peak(self.runtime.device, held) as self.eval_peak:
-                    result = evaluate(self.model, batches, self.token_bytes, self.runtime)
+                    result = evaluate(self.model, batches, self.token_bytes, self.runtime, self.world)
             else:
-                result = evaluate(self.model, batches, self.token_bytes, self.runtime)
+                result = evaluate(self.model, batches, self.token_bytes, self.runtime, self.world)
         return {f"val_{key}": getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte")}
 
     def compare(self, line: dict[str, Any]) -> str | None:
@@ -187,7 +201,8 @@ class Trainer:
         with self._not_training():
             self.progress.loss_sum, count = self.sums.tolist()
             self.progress.loss_count, self.progress.guard = int(count), self.guard.state()
-            run_dir.save(self.model, self.optimizers, asdict(self.progress), best=self.improved)
+            kind, world = self.config.train.checkpoint, self.world
+            run_dir.save(self.model, self.optimizers, asdict(self.progress), best=self.improved, kind=kind, world=world)
         self.improved = False
 
     def report(self) -> dict[str, Any]:

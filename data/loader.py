@@ -86,11 +86,12 @@ class TrainLoader:
         """Return where in the split's tokens these rows of the step's global batch begin."""
         return [self._start(step * self.global_rows + row) for row in rows]
 
-    def batches(self, first: int, last: int, micro: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the rows of the steps from first up to last, `micro` of them at a time."""
+    def batches(self, first: int, last: int, micro: int, rows: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield these rows, or all, of the steps from first up to last, `micro` of them at a time."""
+        rows = range(self.global_rows) if rows is None else rows
         for step in range(first, last):
-            for row in range(0, self.global_rows, micro):
-                yield self.rows(step, range(row, row + micro))
+            for start in range(0, len(rows), micro):
+                yield self.rows(step, rows[start : start + micro])
 
     def epoch(self, step: int) -> float:
         """Say how many times the split has been seen when a step begins."""

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.parallel import is_sharded, local
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration
 ITERATIONS = 5
 LEAST_NORM = 1e-7
@@ -34,7 +36,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike.setdefault(tuple(p.shape), []).append(p)
             for params in alike.values():
-                n = params[0].device_mesh.size() if _is_sharded(params[0]) else 1  # type: ignore[attr-defined]
+                n = params[0].device_mesh.size() if is_sharded(params[0]) else 1  # type: ignore[attr-defined]
                 for start in range(0, len(params), n):
                     self._update(params[start : start + n], **{k: group[k] for k in self.defaults})
 
@@ -46,13 +48,13 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             assert p.grad is not None
-            buffer, grad = _local(state["momentum_buffer"]), _local(p.grad)
+            buffer, grad = local(state["momentum_buffer"]), local(p.grad)
             new = buffer.lerp(grad, 1 - momentum)
             momenta.append(grad.lerp(new, momentum).bfloat16())  # Nesterov's
             self._write(buffer, new)
         N, C = params[0].shape
-        updates = _orthogonal_rows(momenta, params[0]) if _is_sharded(params[0]) else [orthogonal(momenta[0])]
-        for p, update in zip(map(_local, params), updates, strict=True):
+        updates = _orthogonal_rows(momenta, params[0]) if is_sharded(params[0]) else [orthogonal(momenta[0])]
+        for p, update in zip(map(local, params), updates, strict=True):
             new = p * (1 - lr * weight_decay)
             self._write(p, new.add_(update, alpha=-lr * math.sqrt(max(1, N / C))))
 
@@ -85,12 +87,3 @@ def _orthogonal_rows(rows: list[Tensor], p: Tensor) -> list[Tensor]:
     back = torch.empty_like(sent)
     dist.all_to_all_single(back, orthogonal(whole).contiguous() if ours else whole, to_each, of_each, group)
     return list(back.view(len(rows), -1, C))
-
-
-def _is_sharded(x: Tensor) -> bool:
-    return hasattr(x, "to_local")
-
-
-def _local(x: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return x.to_local() if _is_sharded(x) else x  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.muon import Muon
+from model.parallel import like
 
 Schedule = Literal["cosine", "trapezoid", "constant"]
 OptimizerName = Literal["muon", "adamw"]
@@ -25,9 +26,9 @@ class Optimizers:
         return {p: state for o in self.all for p, state in o.state.items()}
 
     def load(self, p: Tensor, name: str, value: Tensor) -> None:
-        """Put one tensor of state back."""
+        """Put one tensor of state back, whole as it was saved."""
         owner = next(o for o in self.all if any(p is q for group in o.param_groups for q in group["params"]))
-        owner.state[p][name] = value.to(p.device)
+        owner.state[p][name] = like(value, p)
 
     def set_lr(self, factor: float) -> None:
         """Every learning rate to `factor` of its peak."""

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Ended, command_line, run_config, run_program, start_program
 
 import train
@@ -375,13 +374,3 @@ def test_peaks_are_measured_again_after_a_resume(tmp_path, text, stopped, monkey
     monkeypatch.setattr(trainer, "measure_peak", memory.measure_peak)
     summary = train.run(stopped).summary
     assert summary["peak_memory_train_bytes"] > summary["peak_memory_eval_bytes"] > 0
-
-
-def test_resuming_leaves_the_generator_where_it_was(tmp_path, text, stopped):
-    drawn: list[torch.Tensor] = []
-    step = train.Trainer.step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "step", lambda self, done: (drawn.append(torch.get_rng_state()), step(self, done)))
-        train.run(stopped)
-    saved = checkpoint._load(stopped.path / "checkpoints" / "step_00000012" / "optimizer.safetensors")["rng/cpu"]
-    assert all(torch.equal(state, saved) for state in drawn)
