@@ -18,6 +18,7 @@ from configs.run_dir import Metrics, RunDir, environment
 from configs.schema import RunConfig
 from data.loader import TrainLoader, ahead
 from data.prepare import Prepared, prepare
+from data.tokenizer import Tokenizer
 from model import checkpoint, cost, parallel
 from model.config import describe_layers
 from model.device import Runtime, compile_blocks, matmul_rate, memory_at_hand, resolve
@@ -80,6 +81,8 @@ def run_in(world: World, config: RunConfig) -> RunResult:
     optimizers = make_optimizers(model, **config.optim.numbers)
     if resumed:
         checkpoint.load_training(model, optimizers, resumed)
+    elif config.init_from:
+        start_from(config.init_from, model, prepared.tokenizer)
     rate = matmul_rate(runtime) * world.size
     world.wait()  # until all have read what is there
     if world.is_first:
@@ -128,6 +131,22 @@ def run_in(world: World, config: RunConfig) -> RunResult:
     if world.is_first:
         run_dir.finish(summary)
     return RunResult(path=run_dir.path, step=progress.step, summary=summary)
+
+
+def start_from(path: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """The weights of the best or the given checkpoint of another run. UserError where vocabulary or shapes differ."""
+    run_dir = RunDir.of(path)
+    theirs = Tokenizer.load(run_dir.path / "tokenizer.json")
+    if theirs.digest != tokenizer.digest:
+        raise UserError(
+            f"init_from ({path}) knows the {theirs.n_vocab} tokens of {theirs.name}, and this text is cut into others, "
+            f"the {tokenizer.n_vocab} of {tokenizer.name}: give its data.tokenizer, and where that is learned its text"
+        )
+    chosen = run_dir.checkpoint() if path == run_dir.path else checkpoint.read(path)
+    try:
+        checkpoint.load_model(model, chosen)
+    except UserError as error:
+        raise UserError(f"init_from: {error}; take the keys of model from {run_dir.path}/config.json") from None
 
 
 def with_vocabulary(config: RunConfig, prepared: Prepared) -> RunConfig:

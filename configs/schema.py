@@ -126,6 +126,9 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
+    init_from: Path | None = Field(
+        None, description="a run's directory, or one of its checkpoints, with whose weights to begin"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
