@@ -38,7 +38,6 @@ TOGETHER = {
     "ddp-to-1": {"optim": OPTIMIZERS["muon"], "train": HALF | {"parallel": "ddp"}},
     "fsdp-to-1": {"optim": OPTIMIZERS["muon"], "train": HALF | {"parallel": "fsdp"}},
     "fsdp-sharded-to-1": {"optim": OPTIMIZERS["muon"], "train": HALF | {"parallel": "fsdp", "checkpoint": "sharded"}},
-    "ddp-sharded-to-1": {"optim": OPTIMIZERS["muon"], "train": HALF | {"parallel": "ddp", "checkpoint": "sharded"}},
 }
 
 
@@ -188,6 +187,7 @@ def test_evaluation_is_shared_out_evenly_and_nothing_counts_twice(size, n):
     assert counted == list(range(n))
 
 
+@pytest.mark.slow
 def test_a_user_error_is_one_line_of_each_process(tmp_path, text):
     command = command_line(tmp_path, text, train={"global_batch_tokens": 48})
     ended = run_program("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *command)
@@ -196,5 +196,5 @@ def test_a_user_error_is_one_line_of_each_process(tmp_path, text):
     refusal = "train.global_batch_tokens (48) are 3 rows of block_size, which 2 processes cannot share: give a multiple"
     assert said  # torchrun ends the others as soon as one has ended
     assert said <= {f"train.py (process 1): {refusal} of 32", f"train.py: {refusal} of 32"}
-    assert "Traceback" not in ended.err
+    assert "in run_in" not in ended.err  # torchrun has a traceback of its own
     assert not (tmp_path / "run").exists()
