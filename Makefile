@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all faults lint
 demo: .venv/ready
 	$(PY) -m scripts.demo
 
@@ -11,6 +11,10 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(PY) -m pytest -m "not gpu"
+
+# The long forms: processes killed at any moment, damaged and full disks.
+faults: .venv/ready
+	$(PY) -m pytest -m "not gpu" tests/test_faults.py tests/test_parallel.py tests/test_resume.py tests/test_train.py
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -9,27 +9,29 @@ from pathlib import Path
 from typing import TypeVar
 
 from model.errors import UserError
+from model.parallel import rank
 
 T = TypeVar("T")
 
 
 def exit_with_one_line(main: Callable[[], T]) -> T:
     """Run a program; what its user got wrong, or a full disk, is one line and exit code 2, never a traceback."""
+    name = Path(sys.argv[0]).name + (f" (process {rank()})" if rank() else "")
     try:
         return main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}\n", end="", file=sys.stderr)  # one write: processes share it
     except BrokenPipeError:  # as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left in buffers goes when Python ends
-        print(f"{Path(sys.argv[0]).name}: standard output was closed", file=sys.stderr)
+        print(f"{name}: standard output was closed", file=sys.stderr)
         raise SystemExit(128 + 13) from None  # as SIGPIPE, which Windows does not have
     except OSError as error:
         if error.errno is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"{Path(sys.argv[0]).name}: {error.strerror}{where}", file=sys.stderr)
+        print(f"{name}: {error.strerror}{where}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     raise SystemExit(2)
 

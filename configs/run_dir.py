@@ -19,10 +19,13 @@ from model.device import Runtime
 from model.errors import UserError
 from model.gpt import GPT
 from model.optim import Optimizers
+from model.parallel import ALONE, World
+from model.tensors import CheckpointKind
 
 MAY_CHANGE = (  # on resume: none of them is part of the experiment
     *("name", "out_dir", "data.dir", "device", "dtype", "compile", "log", "model.kernel"),
-    *("train.max_steps", "train.micro_batch", "train.recompute"),
+    *("train.max_steps", "train.patience", "train.micro_batch", "train.recompute"),
+    *("train.parallel", "train.checkpoint"),
 )
 KEEP = 2  # newest checkpoints, beside the best
 
@@ -88,11 +91,28 @@ class RunDir:
         (self.path / "summary.json").unlink(missing_ok=True)
         checkpoint.write_json(self.path / "config.json", {"config": config.model_dump(mode="json"), **facts})
 
-    def save(self, model: nn.Module, optimizers: Optimizers, progress: dict[str, Any], *, best: bool) -> None:
-        """A checkpoint that `latest`, and if it is the best so far `best`, points to; old ones go."""
+    def save(
+        self,
+        model: nn.Module,
+        optimizers: Optimizers,
+        progress: dict[str, Any],
+        *,
+        best: bool,
+        kind: CheckpointKind = "whole",
+        world: World = ALONE,
+    ) -> None:
+        """A checkpoint that `latest`, and if it is the best so far `best`, points to; old ones go. Called by all."""
         saved = checkpoint.save(
-            self.checkpoints, step=progress["step"], model=model, optimizers=optimizers, state={"progress": progress}
+            self.checkpoints,
+            step=progress["step"],
+            model=model,
+            optimizers=optimizers,
+            state={"progress": progress},
+            kind=kind,
+            world=world,
         )
+        if not world.is_first:
+            return
         checkpoint.point(self.checkpoints, "latest", saved)
         if best:
             checkpoint.point(self.checkpoints, "best", saved)

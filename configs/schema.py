@@ -7,7 +7,10 @@ from pydantic import Field, model_validator
 
 from model.config import ModelConfig, Section
 from model.device import DType, Switch
+from model.errors import UserError
 from model.optim import OptimizerName, Schedule
+from model.parallel import Parallel
+from model.tensors import CheckpointKind
 
 
 class DataConfig(Section):
@@ -68,7 +71,17 @@ class TrainConfig(Section):
     max_steps: int = Field(1000, ge=1, description="optimizer steps")
     global_batch_tokens: int = Field(8192, ge=1, description="tokens of one optimizer step, whatever the hardware")
     micro_batch: int | None = Field(
-        None, ge=1, description="rows of one forward pass; none: chosen, at most 16384 tokens"
+        None,
+        ge=1,
+        description="rows of one forward pass; none: chosen, on cuda by its memory, elsewhere at most 16384 tokens",
+    )
+    parallel: Parallel = Field(
+        "auto",
+        description="with several processes (torchrun): ddp, a copy in each; fsdp, a shard; auto: fsdp where copies "
+        "would fill the device",
+    )
+    checkpoint: CheckpointKind = Field(
+        "whole", description="whole: one file; sharded: each process writes its part; any number of them reads both"
     )
     recompute: bool = Field(False, description="keep each layer's input alone and compute the rest again: less memory")
     eval_every: int = Field(250, ge=1, description="steps between evaluations; there is always one at the end")
@@ -77,6 +90,16 @@ class TrainConfig(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics")
     checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints; there is always one at the end")
+    patience: int | None = Field(
+        None, ge=1, description="evaluations in a row without a better one after which the run ends; none: never"
+    )
+    spike_sigma: float | None = Field(
+        10.0,
+        gt=0,
+        description="skip a step whose loss or gradient norm is this many standard deviations above its running mean; "
+        "none: only what is not finite",
+    )
+    max_skipped: int = Field(5, ge=0, description="skipped steps in a row that are borne; one more stops the run")
 
 
 class LogConfig(Section):
@@ -103,6 +126,9 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
+    init_from: Path | None = Field(
+        None, description="a run's directory, or one of its checkpoints, with whose weights to begin"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -132,8 +158,24 @@ class RunConfig(Section):
 
     @property
     def micro_rows(self) -> int:
-        """Sequences of one forward pass: a divisor of global_rows."""
+        """Sequences of one forward pass of one process by itself: a divisor of global_rows."""
+        return self.rows_at_once()
+
+    def rows_at_once(self, *, n_processes: int = 1, at_most: int | None = None) -> int:
+        """Sequences of one forward pass: of each process's share a divisor, `at_most` or what a CPU does well with."""
+        rows, unshared = divmod(self.global_rows, n_processes)
+        if unshared or rows == 0:
+            raise UserError(
+                f"train.global_batch_tokens ({self.train.global_batch_tokens}) are {self.global_rows} rows of "
+                f"block_size, which {n_processes} processes cannot share: give a multiple of "
+                f"{n_processes * self.model.block_size}"
+            )
         if self.train.micro_batch is not None:
+            if rows % self.train.micro_batch:
+                raise UserError(
+                    f"train.micro_batch ({self.train.micro_batch}) must divide the {rows} rows of a step that each of "
+                    f"{n_processes} processes has"
+                )
             return self.train.micro_batch
-        rows, limit = self.global_rows, max(1, 16_384 // self.model.block_size)
+        limit = at_most or max(1, 16_384 // self.model.block_size)
         return max(n for n in range(1, min(rows, limit) + 1) if rows % n == 0)

@@ -77,26 +77,31 @@ class TrainLoader:
 
     def rows(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
         """Return idx and targets, (B, T) int64 each, of these rows of the step's global batch."""
-        first = step * self.global_rows
-        blocks = np.stack([self._block(first + row) for row in rows])  # (B, T + 1)
+        n = self.block_size + 1
+        blocks = np.stack([self.tokens.read(start, n) for start in self.starts(step, rows)])  # (B, T + 1)
         ids = torch.from_numpy(blocks.astype(np.int64))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def batches(self, first: int, last: int, micro: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the rows of the steps from first up to last, `micro` of them at a time."""
+    def starts(self, step: int, rows: range) -> list[int]:
+        """Return where in the split's tokens these rows of the step's global batch begin."""
+        return [self._start(step * self.global_rows + row) for row in rows]
+
+    def batches(self, first: int, last: int, micro: int, rows: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield these rows, or all, of the steps from first up to last, `micro` of them at a time."""
+        rows = range(self.global_rows) if rows is None else rows
         for step in range(first, last):
-            for row in range(0, self.global_rows, micro):
-                yield self.rows(step, range(row, row + micro))
+            for start in range(0, len(rows), micro):
+                yield self.rows(step, rows[start : start + micro])
 
     def epoch(self, step: int) -> float:
         """Say how many times the split has been seen when a step begins."""
         return step * self.global_rows / self.blocks_per_epoch
 
-    def _block(self, row: int) -> np.ndarray:
-        """Read the T + 1 tokens of a row, counted from the start of training."""
+    def _start(self, row: int) -> int:
+        """Find a row, counted from the start of training, in the order of its epoch."""
         epoch, place = divmod(row, self.blocks_per_epoch)
         offset, order = self._order(epoch)
-        return self.tokens.read(offset + int(order[place]) * self.block_size, self.block_size + 1)
+        return offset + int(order[place]) * self.block_size
 
     def _order(self, epoch: int) -> tuple[int, np.ndarray]:
         """Return an epoch's offset in tokens and its permutation of the blocks; a batch can touch two epochs."""

@@ -4,18 +4,18 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model import tensors
 from model.errors import UserError
 from model.optim import Optimizers
+from model.parallel import ALONE, World
+from model.tensors import CheckpointKind
 
 FORMAT = 1
 
@@ -32,29 +32,43 @@ class Checkpoint:
         return self.state["step"]
 
 
-def save(root: Path, *, step: int, model: nn.Module, optimizers: Optimizers | None = None, state: dict) -> Path:
-    """Write root/step_XXXXXXXX and return its path. It appears by rename; a crash leaves only a *.tmp directory."""
+def save(
+    root: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizers: Optimizers | None = None,
+    state: dict,
+    kind: CheckpointKind = "whole",
+    world: World = ALONE,
+) -> Path:
+    """Write root/step_XXXXXXXX and return its path. It appears by rename; a crash leaves only a *.tmp directory.
+
+    Every process must call it; they share the file system.
+    """
     final = root / f"step_{step:08d}"
     partial = root / f"{final.name}.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(unique_tensors(model.state_dict()), partial / "model.safetensors")
-        if optimizers is not None:
-            save_file(_optimizer_tensors(model, optimizers) | _rng_tensors(), partial / "optimizer.safetensors")
-        files = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-        content = {"format": FORMAT, "step": step, **state, "sha256": files}
-        write_json(partial / "state.json", content | {"own_sha256": _own_digest(content)})
-        for file in partial.iterdir():
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(root)
-    except (OSError, SafetensorError) as error:
+    if world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
-        if match := re.search(r"^(?:.*: )?(.+) \(os error (\d+)\)$", str(error)):  # safetensors hides the number
-            raise OSError(int(match[2]), match[1], str(partial)) from None
+        partial.mkdir(parents=True)
+    world.wait()
+    try:
+        tensors.write(partial, "model", unique_tensors(model), kind=kind, world=world)
+        if optimizers is not None:
+            tensors.write(partial, "optimizer", _optimizer_tensors(model, optimizers), kind=kind, world=world)
+        if world.is_first:
+            files = {str(file.relative_to(partial)): _digest(file) for file in _files(partial)}
+            content = {"format": FORMAT, "step": step, **state, "sha256": files}
+            write_json(partial / "state.json", content | {"own_sha256": _own_digest(content)})
+            for path in sorted(partial.rglob("*")):
+                _sync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _sync(root)
+    except (OSError, SafetensorError):
+        shutil.rmtree(partial, ignore_errors=True)
         raise
+    world.wait()
     return final
 
 
@@ -103,30 +117,25 @@ def pointed(root: Path, name: str) -> Path | None:
 
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Weights into the model. UserError where names or shapes differ."""
-    tensors = _load(checkpoint.path / "model.safetensors")
-    own = unique_tensors(model.state_dict())
-    for name in sorted(own.keys() | tensors.keys()):
-        there, here = (tuple(side[name].shape) if name in side else "missing" for side in (tensors, own))
+    own = unique_tensors(model)
+    shapes = tensors.shapes(checkpoint.path, "model")
+    for name in sorted(own.keys() | shapes.keys()):
+        there, here = shapes.get(name, "missing"), tuple(own[name].shape) if name in own else "missing"
         if there != here:
             raise UserError(
                 f"{checkpoint.path} is of another shape: {name} is {there} in the checkpoint and {here} in the model"
             )
-    model.load_state_dict(tensors, strict=False)  # tied weights are stored once
+    for name, value in tensors.read(checkpoint.path, "model", own.__getitem__).items():
+        own[name].copy_(value)
 
 
 def load_training(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoint) -> None:
-    """Weights, optimizer state and the state of the random generators, as they were."""
+    """Weights and optimizer state, as they were."""
     load_model(model, checkpoint)
-    tensors = _load(checkpoint.path / "optimizer.safetensors")
-    names = dict(model.named_parameters())
-    for key, value in tensors.items():
-        kind, _, rest = key.partition("/")
-        if kind == "optimizer":
-            name, _, slot = rest.rpartition("/")
-            optimizers.load(names[name], slot, value)
-    torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    own = dict(model.named_parameters())
+    owner = lambda key: own[key.removeprefix("optimizer/").rpartition("/")[0]]
+    for key, value in tensors.read(checkpoint.path, "optimizer", owner).items():
+        optimizers.load(owner(key), key.rpartition("/")[2], value)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -148,37 +157,21 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the second name of a tied weight."""
-    seen: set[int] = set()
-    return {
-        name: t.contiguous()
-        for name, t in tensors.items()
-        if t.data_ptr() not in seen and not seen.add(t.data_ptr())  # type: ignore[func-returns-value]
-    }
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, without the second name of a tied weight."""
+    again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return {name: x for name, x in model.state_dict().items() if name not in again}
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
-        f"optimizer/{names[p]}/{slot}": value.contiguous()
-        for p, state in optimizers.state.items()
-        for slot, value in state.items()
+        f"optimizer/{names[p]}/{slot}": value for p, state in optimizers.state.items() for slot, value in state.items()
     }
 
 
-def _rng_tensors() -> dict[str, Tensor]:
-    rng = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["rng/cuda"] = torch.cuda.get_rng_state()
-    return rng
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it is truncated or no safetensors file") from None
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _own_digest(state: dict) -> str:

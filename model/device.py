@@ -111,6 +111,13 @@ def compile_blocks(model: nn.Module) -> None:
         block.compile()
 
 
+def memory_at_hand(device: torch.device) -> int | None:
+    """Bytes that this process has or may still get on a CUDA device; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
 def matmul_rate(runtime: Runtime, seconds: float = 0.2) -> float:
     """FLOP/s of a large square matrix product in the runtime's dtype, measured: what MFU divides by."""
     n = 8192 if runtime.device.type == "cuda" else 2048

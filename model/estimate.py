@@ -44,6 +44,26 @@ def train_peak(
     return {part: live.at_peak[part] for part in PARTS}
 
 
+def rows_that_fit(
+    config: ModelConfig,
+    n_bytes: int,
+    dtype: torch.dtype,
+    *,
+    optimizer: OptimizerName,
+    recompute: bool = False,
+    shards: int = 1,
+) -> int:
+    """Sequences of block_size tokens whose training step stays below n_bytes, at least 1.
+
+    By the peaks of one and two of them, in a line; the true peak grows less, since the loss works in chunks. Of
+    weights and optimizer state a process holds one of `shards` parts.
+    """
+    one, two = (train_peak(config, n, dtype, optimizer=optimizer, recompute=recompute) for n in (1, 2))
+    row = sum(two.values()) - sum(one.values())
+    kept = one["parameters"] + one["optimizer"]
+    return max(1, (n_bytes - sum(one.values()) + row + kept - kept // shards) // row)
+
+
 def _step(live: "_Live", model: GPT, optimizers: Optimizers, idx: Tensor, dtype: torch.dtype) -> None:
     live.part = "activations"
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

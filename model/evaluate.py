@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model.device import Runtime
 from model.gpt import GPT
+from model.loss import IGNORED
+from model.parallel import ALONE, World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,24 +26,32 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray, runtime: Runtime
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: np.ndarray,
+    runtime: Runtime,
+    world: World = ALONE,
 ) -> Evaluation:
-    """Mean loss over the targets of (idx, targets) batches, each (B, T); -100 counts as nothing."""
+    """Mean loss over the targets of (idx, targets) batches, each (B, T), shared out among the processes.
+
+    Targets of -100 count as nothing.
+    """
     was_training = model.training
     model.eval()
-    nats, n_tokens, n_bytes = 0.0, 0, 0
-    for idx, targets in batches:
+    nats, n_tokens, n_bytes = 0.0, 0.0, 0.0
+    for idx, targets in world.share(batches, IGNORED):
         with runtime.autocast():
             losses = model(idx.to(runtime.device), targets.to(runtime.device), reduction="none")  # (B, T)
-        real = targets[targets != -100]
+        real = targets[targets != IGNORED]
         nats += losses.double().sum().item()
         n_tokens += real.numel()
         n_bytes += int(token_bytes[real.numpy()].sum())
     model.train(was_training)
+    nats, n_tokens, n_bytes = world.sum([nats, n_tokens, n_bytes])
     loss = nats / n_tokens
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=nats / math.log(2) / max(1, n_bytes),
-        n_tokens=n_tokens,
+        n_tokens=int(n_tokens),
     )

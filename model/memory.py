@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.optim import Optimizers
+from model.parallel import local
 
 
 @dataclass(slots=True)
@@ -61,13 +62,13 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def training_tensors(model: nn.Module, optimizers: Optimizers) -> Iterator[Tensor]:
-    """Parameters, gradients and optimizer state: what lives from step to step."""
+    """Parameters, gradients and optimizer state: what this process holds from step to step."""
     for p in model.parameters():
-        yield p
+        yield local(p)
         if p.grad is not None:
-            yield p.grad
+            yield local(p.grad)
     for state in optimizers.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+        yield from (local(value) for value in state.values() if isinstance(value, Tensor))
 
 
 def device_peak(device: torch.device) -> tuple[str, int | None]:

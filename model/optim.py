@@ -6,6 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from model.muon import Muon
+from model.parallel import like
+
 Schedule = Literal["cosine", "trapezoid", "constant"]
 OptimizerName = Literal["muon", "adamw"]
 
@@ -23,9 +26,9 @@ class Optimizers:
         return {p: state for o in self.all for p, state in o.state.items()}
 
     def load(self, p: Tensor, name: str, value: Tensor) -> None:
-        """Put one tensor of state back."""
+        """Put one tensor of state back, whole as it was saved."""
         owner = next(o for o in self.all if any(p is q for group in o.param_groups for q in group["params"]))
-        owner.state[p][name] = value.to(p.device)
+        owner.state[p][name] = like(value, p)
 
     def set_lr(self, factor: float) -> None:
         """Every learning rate to `factor` of its peak."""
@@ -38,10 +41,17 @@ class Optimizers:
         """The first one's, now."""
         return self.all[0].param_groups[0]["lr"]
 
-    def step(self) -> None:
-        """Update the weights and drop the gradients."""
+    def step(self, *, skip: Tensor | None = None) -> None:
+        """Update the weights, unless `skip`, a bool on their device, says not to, and drop the gradients.
+
+        A CPU looks at it. Elsewhere nothing is read back: the optimizers know it as what a gradient scaler found.
+        """
+        on_cpu = skip is not None and skip.device.type == "cpu"
         for optimizer in self.all:
-            optimizer.step()
+            if not on_cpu:
+                optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
+            if not (on_cpu and skip):
+                optimizer.step()
             optimizer.zero_grad()
 
 
@@ -65,7 +75,7 @@ def make_optimizers(
         others = [p for p in params if p not in inside]
         return Optimizers(
             [
-                torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
+                Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
                 torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=0.0, fused=True),
             ]
         )

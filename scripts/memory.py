@@ -53,6 +53,8 @@ def main() -> None:
     for part, n in parts.items():
         print(f"  {part:12}{n / 1e6:14,.1f} MB")
     print(f"  {'peak':12}{sum(parts.values()) / 1e6:14,.1f} MB\n")
+    tokens, flops = config.train.max_steps * config.train.global_batch_tokens, cost.train_flops(model, model.block_size)
+    print(f"the whole run: {tokens:,} tokens, {flops / model.block_size * tokens:.2e} FLOPs\n")
     print_cache(model)
 
 

@@ -292,7 +292,7 @@ def unmeasured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 def unmeasured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare each run the profiler, which takes longer than its training."""
     nothing = lambda device, held=(): nullcontext(PeakMemory(method="not measured"))
-    monkeypatch.setattr("train.measure_peak", nothing)
+    monkeypatch.setattr("configs.trainer.measure_peak", nothing)
 
 
 @pytest.fixture

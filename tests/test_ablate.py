@@ -377,7 +377,7 @@ def test_a_cell_that_fails_is_reported_and_run_again_by_the_same_command(write, 
 
         def fail(config):
             if config.model.window == 9:
-                raise train.NonFiniteError("step 5: the loss is nan")
+                raise train.DivergedError("step 5: the loss is nan")
             return run(config)
 
         patch.setattr(train, "run", fail)

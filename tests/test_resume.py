@@ -7,16 +7,27 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Ended, command_line, run_config, run_program, start_program
 
 import train
+from configs import trainer
 from configs.run_dir import Metrics, RunDir
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer
 from model import checkpoint, memory
 
-SAME = ("step", "tokens", "train_loss", "lr", "grad_norm", "val_loss", "val_perplexity", "val_bits_per_byte", "kernel")
+SAME = (
+    "step",
+    "tokens",
+    "train_loss",
+    "lr",
+    "grad_norm",
+    "skipped_steps",
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_byte",
+    "kernel",
+)
 SUMMARY = (*SAME, "variant", "layers", "n_params", "best_val_loss", "kv_cache_bytes", "kv_cache_dtype", "stream_hash")
 
 
@@ -83,7 +94,7 @@ def whole(tmp_path_factory, text) -> Path:
 PLACES = {
     "as a step begins": (train.Trainer, "step", False),
     "after a step": (train.Trainer, "step", True),
-    "after an evaluation": (train, "evaluate", True),
+    "after an evaluation": (trainer, "evaluate", True),
     "as a line is written": (Metrics, "write", False),
     "after a line": (Metrics, "write", True),
     "as a checkpoint is saved": (RunDir, "save", False),
@@ -360,16 +371,6 @@ def test_a_stopped_process_says_how_to_go_on_and_does(tmp_path, text, long_whole
 
 
 def test_peaks_are_measured_again_after_a_resume(tmp_path, text, stopped, monkeypatch):
-    monkeypatch.setattr(train, "measure_peak", memory.measure_peak)
+    monkeypatch.setattr(trainer, "measure_peak", memory.measure_peak)
     summary = train.run(stopped).summary
     assert summary["peak_memory_train_bytes"] > summary["peak_memory_eval_bytes"] > 0
-
-
-def test_resuming_leaves_the_generator_where_it_was(tmp_path, text, stopped):
-    drawn: list[torch.Tensor] = []
-    step = train.Trainer.step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "step", lambda self, done: (drawn.append(torch.get_rng_state()), step(self, done)))
-        train.run(stopped)
-    saved = checkpoint._load(stopped.path / "checkpoints" / "step_00000012" / "optimizer.safetensors")["rng/cpu"]
-    assert all(torch.equal(state, saved) for state in drawn)

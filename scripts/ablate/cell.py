@@ -36,7 +36,7 @@ def train_cell(config: RunConfig) -> None:
         (config.path / FILE).unlink(missing_ok=True)  # of other weights
     try:
         result = train.run(config)
-    except train.NonFiniteError as error:
+    except train.DivergedError as error:
         sys.exit(str(error))
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)

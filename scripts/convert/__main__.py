@@ -54,7 +54,7 @@ def export(options: Export) -> None:
     model, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
     config = model.config
     family = fitting(config)
-    state = checkpoint.unique_tensors(model.to(getattr(torch, options.dtype)).state_dict())
+    state = checkpoint.unique_tensors(model.to(getattr(torch, options.dtype)))
     values = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": options.dtype}
     with directory.new_directory(options.to) as path:
         directory.write(
@@ -81,7 +81,7 @@ def import_(options: Import) -> None:
     if tokenizer.n_vocab > config.model.vocab:
         raise UserError(f"{source}: the tokenizer has {tokenizer.n_vocab} ids, the model {config.model.vocab}")
     model = GPT(config.model)
-    expected = checkpoint.unique_tensors(model.state_dict())
+    expected = checkpoint.unique_tensors(model)
     tensors = to_ours(directory.read_tensors(source), expected, family.model_type, config.model.norm_place)
     model.load_state_dict(tensors, strict=False)  # tied weights are there once
     with directory.new_directory(options.to) as path:

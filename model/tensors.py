@@ -1,0 +1,95 @@
+"""Named tensors in files: whole, or a part from each process; any number of processes reads both."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.errors import UserError
+from model.parallel import World, like, whole
+
+CheckpointKind = Literal["whole", "sharded"]
+
+
+def write(folder: Path, name: str, tensors: dict[str, Tensor], *, kind: CheckpointKind, world: World) -> None:
+    """The file NAME.safetensors, by the first process, or the folder NAME, by all. OSError where there is no room."""
+    if kind == "sharded":
+        _write_shards(folder / name, tensors)
+        return
+    gathered = {}
+    for key, x in tensors.items():
+        full = whole(x)
+        if world.is_first:
+            gathered[key] = full.detach().cpu().contiguous() if full is not x else full.contiguous()
+    if world.is_first:
+        try:
+            save_file(gathered, folder / f"{name}.safetensors")
+        except SafetensorError as error:
+            if match := re.search(r"^(?:.*: )?(.+) \(os error (\d+)\)$", str(error)):  # safetensors hides the number
+                raise OSError(int(match[2]), match[1], str(folder)) from None
+            raise
+
+
+def shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Of every tensor written under this name."""
+    if (folder / name).is_dir():
+        from torch.distributed.checkpoint import FileSystemReader
+
+        entries = FileSystemReader(folder / name).read_metadata().state_dict_metadata
+        return {key: tuple(entry.size) for key, entry in entries.items()}  # type: ignore[union-attr]
+    path = folder / f"{name}.safetensors"
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def read(folder: Path, name: str, owner: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Every tensor, where its owner, a parameter, is, and sharded as that is."""
+    if not (folder / name).is_dir():
+        path = folder / f"{name}.safetensors"
+        with _readable(path):
+            return {key: like(value, owner(key)) for key, value in load_file(path).items()}
+    import torch.distributed.checkpoint as dcp
+
+    tensors = {
+        key: torch.empty_like(p) if (p := owner(key)).shape == shape else torch.empty(shape, device=p.device)
+        for key, shape in shapes(folder, name).items()
+    }
+    with _by_itself():
+        dcp.load(tensors, checkpoint_id=folder / name)
+    return tensors
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        with _by_itself():
+            dcp.save({key: x.detach() for key, x in tensors.items()}, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError):
+                raise cause from None
+        raise
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """A process without others is warned of that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): it is truncated or no safetensors file") from None

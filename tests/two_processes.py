@@ -1,0 +1,82 @@
+"""What tests/test_parallel.py starts with torchrun: runs one after the other, then what only shows from inside.
+
+Usage: two_processes.py JOBS.json, which lists the values of runs; the findings come back in JOBS.found.json.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train
+from configs import trainer
+from configs.load import load
+from model import parallel
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.memory import PeakMemory
+from model.optim import make_optimizers
+from model.parallel import Replica, World, like, whole
+
+SHAPE = {"vocab_size": 31, "block_size": 16, "n_layer": 3, "n_head": 3, "n_kv_head": 1, "head_dim": 6, "n_embd": 20}
+NUMBERS = {"muon_lr": 0.02, "adamw_lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+def deviation_of_sharded_steps(world: World, optimizer: str) -> float:
+    """The largest difference of any weight after 3 steps with equal gradients, sharded and not."""
+    weights = []
+    for sharded in (False, True):
+        torch.manual_seed(3)
+        model = GPT(ModelConfig(**SHAPE, mlp_width=29))
+        gradients = [[torch.randn(p.shape) for p in model.parameters()] for _ in range(3)]
+        if sharded:
+            Replica(model, world, "fsdp", torch.device("cpu"))
+        optimizers = make_optimizers(model, optimizer=optimizer, **NUMBERS)
+        for values in gradients:
+            for p, value in zip(model.parameters(), values, strict=True):
+                p.grad = like(value, p)
+            optimizers.step()
+        weights.append([whole(p.detach()) for p in model.parameters()])
+    return max((a - b).abs().max().item() for a, b in zip(*weights, strict=True))
+
+
+def exchanges(world: World, method: str) -> list[int]:
+    """Gradient exchanges of 1 and of 4 micro-batches in one step."""
+    counts = []
+    for n in (1, 4):
+        model = GPT(ModelConfig(**SHAPE))
+        replica = Replica(model, world, method, torch.device("cpu"))
+        idx = torch.zeros(2, 16, dtype=torch.long)
+        with torch.profiler.profile() as profiler:
+            for micro in range(n):
+                with replica.backward(last=micro == n - 1):
+                    replica(idx, idx).backward()
+        names = [event.name for event in profiler.events()]
+        counts.append(sum("reduce_scatter" in name or "all_reduce" in name or "allreduce" in name for name in names))
+    return counts
+
+
+def main() -> None:
+    jobs = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    train.matmul_rate = lambda runtime: 1e12
+    trainer.measure_peak = lambda device, held=(): nullcontext(PeakMemory(method="not measured"))
+    with parallel.together("cpu") as world:
+        for values in json.loads(jobs.read_text()):
+            train.run_in(world, load(None, values))
+        found = {
+            "deviation": {name: deviation_of_sharded_steps(world, name) for name in ("muon", "adamw")},
+            "exchanges": {method: exchanges(world, method) for method in ("ddp", "fsdp")},
+            "backend": dist.get_backend(),
+        }
+        if world.is_first:
+            jobs.with_suffix(".found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
