@@ -7,10 +7,10 @@ demo: .venv/ready
 	$(PY) -m scripts.demo
 
 test: .venv/ready
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical --maxprocesses 4
 
 test-all: .venv/ready
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -m "not gpu" -n logical --maxprocesses 4
 
 # The long forms: processes killed at any moment, damaged and full disks.
 faults: .venv/ready
