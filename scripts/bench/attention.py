@@ -150,6 +150,10 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         lengths = [row["T"] for row in rows]
         time_axes.loglog(lengths, [row["seconds"] * 1e3 for row in rows], "o-", ms=3, label=name)
         memory_axes.loglog(lengths, [row["peak_bytes"] / 2**20 for row in rows], "o-", ms=3, label=name)
+    lengths = [row["T"] for row in max(curves.values(), key=len)]
+    for axes in (time_axes, memory_axes):
+        axes.set_xticks(lengths, [f"{T / 1024:g}k" if T >= 1024 else str(T) for T in lengths])
+        axes.minorticks_off()
     time_axes.legend(frameon=False)
     figure.savefig(path, dpi=144)
     print(path)
