@@ -43,7 +43,7 @@ class Options:
     """Positions to draw."""
     text: str = TEXT
     """With --run: what it reads, as far as it is used."""
-    to: Path = Path("masks.png")
+    to: Path = Path("runs/masks.png")
     """The picture: png, svg or pdf."""
 
 
@@ -72,6 +72,7 @@ def masks(options: Options) -> None:
             draw_paid(axes[1][column], None if weights is None else weights.numpy())
         pairs = int(seen(spec, T).sum())
         print(f"{name}: {pairs} of {T * (T + 1) // 2} pairs of {T} positions are visible")
+    options.to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.to, dpi=144)
     print(options.to)
 
