@@ -4,8 +4,8 @@
 
 Each key, a small letter, is followed by its value, a capital (multi-query associative recall, 2312.04927); `#` is
 followed by a passkey of five digits. Values are drawn once for a document, all alike, so that nothing but the key's
-earlier occurrences tells its value. How far back the last of them lies is close to log-uniform: each octave of
-distances up to 256 has its share of the questions.
+earlier occurrences tells its value. How far back the last of them lies follows a power law, so that every octave of
+distances has its questions.
 """
 
 import random
@@ -18,7 +18,7 @@ from string import ascii_lowercase, ascii_uppercase
 KEYS, VALUES = ascii_lowercase[:16], ascii_uppercase
 PASSKEY, PASSKEY_DIGITS = "#", 5
 CHANCE = 1 / len(VALUES)  # of guessing a letter's value
-DISTANCE = 512  # characters back that are asked for at most
+DISTANCE, TAIL = 512, 0.3  # characters back that are asked for at most, but for older keys; how rare the far ones are
 LENGTH = 8 * DISTANCE  # of a document
 DOCUMENTS = {"train": 1024, "val": 64}  # of the text
 
@@ -43,12 +43,12 @@ def _document(draw: Callable[[], float], length: int) -> str:
     items = {key: key + VALUES[int(draw() * len(VALUES))] for key in KEYS}
     items[PASSKEY] = f"{PASSKEY}{int(draw() * 10**PASSKEY_DIGITS):0{PASSKEY_DIGITS}d}"
     new = sorted(items, key=lambda _: draw())
-    asked: list[str] = []  # keys by where they stood the last time, and that place
+    asked: list[str] = []  # keys by where they stood the last time
     places: list[int] = []
     parts, at = [], 0
     while at < length:
-        n = bisect_right(places, at - DISTANCE ** draw())
-        if n:  # of the keys that are so far back or farther, the nearest
+        n = bisect_right(places, at - _back(draw()))
+        if n:  # of the keys so far back or farther, the nearest
             key = asked.pop(n - 1)
             del places[n - 1]
         elif new:
@@ -60,6 +60,11 @@ def _document(draw: Callable[[], float], length: int) -> str:
         parts.append(items[key])
         at += len(items[key])
     return "".join(parts)[:length]
+
+
+def _back(u: float) -> float:
+    """A power law between 1 and DISTANCE: beyond x with a probability that falls as x ** -TAIL."""
+    return (1 - u * (1 - DISTANCE**-TAIL)) ** (-1 / TAIL)
 
 
 def questions(document: str) -> Iterator[Question]:
