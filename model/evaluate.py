@@ -81,7 +81,8 @@ class LossByPosition:
         """
         T = len(self.nats)
         edges = {round(2 ** (i / per_octave)) for i in range(per_octave * T.bit_length())}
-        bins = [*sorted(edge for edge in edges if edge <= T), T + 1]
+        widest = 2 ** (0.5 / per_octave)  # the last bin is at least half as wide as the others
+        bins = [*sorted(edge for edge in edges if edge * widest <= T), T + 1]
         position = torch.arange(1, T + 1) * self.n_targets
         positions, losses = [], []
         for start, end in pairwise(bins):

@@ -64,9 +64,7 @@ def test_a_passkey_is_asked_whole():
 def test_every_octave_of_distances_has_its_questions():
     octaves = Counter(q.distance.bit_length() for document in DOCUMENTS for q in questions(document))
     asked = sum(octaves.values())
-    assert max(q.distance for document in DOCUMENTS for q in questions(document)) < DISTANCE
-    assert all(0.07 < octaves[n] / asked < 0.2 for n in range(1, 9)), octaves
-    assert octaves[9] / asked > 0.01  # 256 and more
+    assert all(octaves[n] / asked > 0.03 for n in range(1, DISTANCE.bit_length())), octaves  # from 1 to 256
 
 
 def test_it_is_a_text_like_others(tmp_path, monkeypatch):

@@ -36,8 +36,8 @@ def evaluate(options: Options) -> dict[str, float]:
         facts = {"run": str(subject.run.path), "step": subject.step, "runtime": subject.runtime.why}
         print(json.dumps(facts | {"figures": figures}, indent=2))
     else:
-        print(f"{subject.run.path}, step {subject.step}: {subject.runtime.why}")
-        print(*("", *(each.text for each in found)), sep="\n\n")
+        head = f"{subject.run.path}, step {subject.step}: {subject.runtime.why}"
+        print(head, *(each.text for each in found), sep="\n\n")
     return figures
 
 

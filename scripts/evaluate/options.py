@@ -43,7 +43,7 @@ class Options:
     """With --window: first tokens that stay visible; several numbers: a stream for each."""
     length: int | None = None
     """With --stream: targets to predict; none: the whole text."""
-    samples: int = 1024
+    samples: int = 512
     """With --stream: targets, evenly spaced, that are computed again from their last --window tokens alone."""
 
     checkpoint: Literal["best", "latest"] = "best"

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.loader import IGNORED
 from model.errors import UserError
-from model.evaluate import LossByPosition
 from model.streaming import recomputed_losses, streamed_losses, through_window
 from scripts.evaluate.options import Options
 from scripts.evaluate.results import Curve, Found, column, table
 from scripts.evaluate.subject import Subject
 from scripts.report import new_figure
+
+BINS = 32  # parts of a stream whose loss is drawn
 
 
 def stream(subject: Subject, options: Options) -> Found:
@@ -38,7 +38,7 @@ def stream(subject: Subject, options: Options) -> Found:
 
     same = {"length": N, "text": options.text and tokens.name}
     figures, curves = {}, {}
-    lines = [("", "loss", "perplexity", "above recomputed")]
+    lines = [("", "loss", "perplexity", "above recomputed, on the same tokens")]
     for k, losses in streams.items():
         name = "as trained" if window is None else f"window {window}, {k} sinks"
         setting = ({} if window is None else {"window": window, "n_sink": k}) | same
@@ -46,10 +46,10 @@ def stream(subject: Subject, options: Options) -> Found:
         figures[column("stream_perplexity", **setting)] = losses.mean().exp().item()
         figures[column("stream_minus_recomputed", **setting)] = above
         lines.append((name, *_cells(losses), f"{above:+.4f}"))
-        curves[name] = _curve(losses.cpu(), torch.arange(N))
+        curves[name] = _curve(losses.cpu(), torch.arange(N), N)
     figures[column("recomputed_perplexity", context=context, **same)] = recomputed.mean().exp().item()
     lines.append((name := f"recomputed from {context}", *_cells(recomputed), ""))
-    curves[name] = _curve(recomputed.cpu(), at.cpu())
+    curves[name] = _curve(recomputed.cpu(), at.cpu(), N)
     head = f"{options.text or 'validation'}: a stream of {N:,} tokens, {len(at):,} of them, evenly spaced, recomputed"
     content = {"block_size": subject.config.model.block_size, "streams": curves}
     curve = Curve(name="loss_in_stream", content=content, draw=_draw)
@@ -60,20 +60,19 @@ def _cells(losses: Tensor) -> tuple[str, str]:
     return f"{losses.mean():.4f}", f"{losses.mean().exp():.2f}"
 
 
-def _curve(losses: Tensor, at: Tensor) -> dict[str, list[float]]:
-    """Mean loss by place in the stream; losses are of the targets `at`, in ascending order."""
-    places = LossByPosition(int(at[-1]) + 1)
-    everywhere, targets = torch.zeros_like(places.nats), torch.full_like(places.n_targets, IGNORED)
-    everywhere[at], targets[at] = losses, 0
-    places.add(everywhere[None], targets[None])
-    position, loss = places.curve(per_octave=2)
-    return {"position": position, "loss": loss}
+def _curve(losses: Tensor, at: Tensor, N: int) -> dict[str, list[float]]:
+    """Mean loss over each of BINS equal parts of a stream of N targets; losses are of the targets `at`."""
+    parts = at * BINS // N
+    count = torch.bincount(parts, minlength=BINS)
+    loss = torch.bincount(parts, losses, minlength=BINS) / count
+    position = torch.bincount(parts, at + 1.0, minlength=BINS) / count
+    return {"position": position[count > 0].tolist(), "loss": loss[count > 0].tolist()}
 
 
 def _draw(content: dict[str, Any]):
     figure, (axes,) = new_figure("tokens of the stream", ["loss (nats per token)"])
     for name, curve in content["streams"].items():
-        axes.semilogx(curve["position"], curve["loss"], "o-", ms=3, label=name)
+        axes.plot(curve["position"], curve["loss"], "o-", ms=3, label=name)
     axes.axvline(content["block_size"], color="grey", lw=0.8, ls=":", label="training context")
     axes.legend(frameon=False)
     return figure
