@@ -23,7 +23,7 @@ def attention_to_first(model: GPT, batches: Iterable[Tensor], k: int) -> dict[in
     hooks = [model.h[i].mixer.register_forward_hook(_again(k, layer)) for i, layer in found.items()]  # type: ignore[union-attr]
     try:
         for idx in batches:
-            model(idx)
+            model(idx, last_only=True)
     finally:
         for hook in hooks:
             hook.remove()

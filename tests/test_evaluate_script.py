@@ -24,6 +24,7 @@ from scripts.evaluate import __main__ as script
 from scripts.evaluate import recall, subject
 from scripts.evaluate.options import Options
 from scripts.evaluate.results import FILE, Found, column, keep
+from scripts.evaluate.stream import sample
 
 PNG = b"\x89PNG"
 LINE = "Die naïve Katze 猫 sieht überall 😀 und 😀....\n"  # 44 characters, 54 bytes
@@ -84,6 +85,12 @@ def test_without_options_it_is_what_training_reported_to_the_last_digit(run, whi
     assert found == {key: reported[f"val_{key}"] for key in ("loss", "perplexity", "bits_per_byte")}
     if which == "latest":
         assert found["loss"] == RunDir(run).summary()["val_loss"]
+
+
+def test_batches_are_those_of_training_and_of_as_many_tokens_in_another_context(run):
+    opened = script.open_subject(run, "best", device=None, dtype=None)
+    assert opened.batch_rows(16) == opened.config.micro_rows == 6
+    assert (opened.batch_rows(32), opened.batch_rows(10), opened.batch_rows(1000)) == (3, 9, 1)
 
 
 def test_the_stream_is_the_one_that_training_hashed(run, capsys):
@@ -198,19 +205,48 @@ def test_a_stream_is_decoded_through_the_window_and_recomputed(copy, capsys):
     found = figures(copy, stream=True, window=6, n_sink=(0, 2), length=150, samples=31)
     model, ids = loaded(copy)
     runtime = script.open_subject(copy, "best", device=None, dtype=None).runtime
-    at = torch.linspace(0, 149, 31).round().long()
+    at = sample(150, 31)
     recomputed = torch.tensor([nats(model, ids, max(0, t - 5), t) for t in at.tolist()])
-    assert found["recomputed_perplexity[context=6,length=150]"] == pytest.approx(recomputed.mean().exp().item(), 1e-5)
+    losses = {
+        k: streaming.streamed_losses(streaming.through_window(model, 6, k), ids[:151], runtime, chunk=1) for k in (0, 2)
+    }
+    above = min((losses[k][at] - recomputed for k in (0, 2)), key=lambda difference: difference.std())
+    floor = found["recomputed_perplexity[context=6,length=150]"]
+    assert math.log(floor) in [pytest.approx((losses[k].mean() - above.mean()).item(), rel=1e-5) for k in (0, 2)]
     for k in (0, 2):
-        losses = streaming.streamed_losses(streaming.through_window(model, 6, k), ids[:151], runtime, chunk=1)
         setting = f"[window=6,n_sink={k},length=150]"
-        assert found[f"stream_perplexity{setting}"] == pytest.approx(losses.mean().exp().item(), rel=1e-5)
-        assert found[f"stream_minus_recomputed{setting}"] == pytest.approx(
-            (losses[at] - recomputed).mean().item(), abs=1e-5
-        )
+        perplexity = found[f"stream_perplexity{setting}"]
+        assert perplexity == pytest.approx(losses[k].mean().exp().item(), rel=1e-5)
+        assert found[f"stream_minus_recomputed{setting}"] == pytest.approx(math.log(perplexity / floor), abs=1e-9)
     streams = json.loads((copy / "loss_in_stream.json").read_text())["streams"]
     assert list(streams) == ["window 6, 0 sinks", "window 6, 2 sinks", "recomputed from 6"]
-    assert "a stream of 150 tokens, 31 of them, evenly spaced, recomputed" in capsys.readouterr().out
+    assert "a stream of 150 tokens, 31 of them recomputed" in capsys.readouterr().out
+
+
+def test_where_every_target_is_recomputed_nothing_is_estimated(copy):
+    found = figures(copy, stream=True, window=6, length=100, samples=100)
+    model, ids = loaded(copy)
+    exact = sum(nats(model, ids, max(0, t - 5), t) for t in range(100)) / 100
+    assert found["recomputed_perplexity[context=6,length=100]"] == pytest.approx(math.exp(exact), rel=1e-5)
+    content = json.loads((copy / "loss_in_stream.json").read_text())
+    assert content["position"][0] == 100 / 64
+    assert content["streams"]["recomputed from 6"][0] == pytest.approx(
+        sum(nats(model, ids, 0, t) for t in range(4)) / 4, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("N", "n"), [(10, 3), (1000, 7), (8192, 512), (5, 5), (5, 9)])
+def test_a_sample_has_one_target_of_each_part_of_the_stream(N, n):
+    at = sample(N, n)
+    assert torch.equal(at, sample(N, n))
+    assert (at * min(n, N) // N).tolist() == list(range(min(n, N)))
+
+
+def test_a_window_wider_than_that_of_training_is_said(copy, capsys):
+    figures(copy, stream=True, window=6, length=40)
+    assert "note: layers that were trained with a window of 5 now see 6 tokens" in capsys.readouterr().out
+    figures(copy, stream=True, window=5, length=40)
+    assert "note" not in capsys.readouterr().out
 
 
 def test_without_a_window_it_streams_as_trained(copy):

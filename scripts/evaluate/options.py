@@ -44,7 +44,7 @@ class Options:
     length: int | None = None
     """With --stream: targets to predict; none: the whole text."""
     samples: int = 512
-    """With --stream: targets, evenly spaced, that are computed again from their last --window tokens alone."""
+    """With --stream: targets, drawn over its length, that are computed again from their last --window tokens alone."""
 
     checkpoint: Literal["best", "latest"] = "best"
     """Which checkpoint of the run; the losses of summary.json are of the latest."""

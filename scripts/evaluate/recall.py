@@ -34,7 +34,7 @@ def recall(subject: Subject, options: Options) -> Found:
         parts["from 2W"] = distance >= 2 * window
     if reach is not None:
         parts["beyond reach"] = distance > reach
-    parts |= {f"distance {octave}-{2 * octave - 1}": asked["octave"] == octave for octave in octaves}
+    parts |= {f"distance {span(octave)}": asked["octave"] == octave for octave in octaves}
 
     figures: dict[str, float] = {}
     lines: list[tuple[str, ...]] = [("", "questions", "letters right", "passkeys right")]
@@ -99,6 +99,10 @@ def _encode(subject: Subject, text: str) -> list[int]:
     return ids
 
 
+def span(octave: int) -> str:
+    return f"{octave}-{2 * octave - 1}" if octave > 1 else "1"
+
+
 def window_and_reach(config: ModelConfig) -> tuple[int | None, int | None]:
     """The narrowest window, and how far back all layers together see; None: nothing slides, something sees all."""
     windows = [getattr(spec, "window", None) for spec in config.layers]
@@ -112,6 +116,7 @@ def _draw(content: dict[str, Any]):
     for probe, name in zip(PROBES, ("a letter", "a passkey of five digits"), strict=True):
         points = [(x, y) for x, y in zip(content["distance"], content[probe], strict=True) if y is not None]
         axes.semilogx(*zip(*points, strict=True), "o-", ms=3, base=2, label=name)
+    axes.set_xticks(content["distance"], [span(first) for first in content["distance"]])
     axes.axhline(content["chance"], color="grey", lw=0.8, ls="--", label="a letter by chance")
     for name, style in (("window", ":"), ("reach", "-.")):
         if content[name] is not None:
