@@ -19,7 +19,7 @@ class DataConfig(Section):
     text: str = Field(
         "pydocs",
         min_length=1,
-        description="a named text (pydocs, shakespeare, wikitext103, tinystories, fineweb-edu) or a path",
+        description="a named text (pydocs, shakespeare, recall, wikitext103, tinystories, fineweb-edu) or a path",
     )
     tokenizer: str = Field(
         "bpe-4096", description="byte, char, gpt2, cl100k_base, o200k_base, or bpe-N learned from the text"

@@ -1,8 +1,9 @@
-"""Loss over a fixed stream of tokens."""
+"""Loss over a fixed stream of tokens, and by the place of a token in its context."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,10 +32,12 @@ def evaluate(
     token_bytes: np.ndarray,
     runtime: Runtime,
     world: World = ALONE,
+    *,
+    observe: Callable[[Tensor, Tensor], None] = lambda losses, targets: None,
 ) -> Evaluation:
     """Mean loss over the targets of (idx, targets) batches, each (B, T), shared out among the processes.
 
-    Targets of -100 count as nothing.
+    Targets of -100 count as nothing. `observe` is shown the losses and targets of each batch, (B, T) both.
     """
     was_training = model.training
     model.eval()
@@ -42,6 +45,7 @@ def evaluate(
     for idx, targets in world.share(batches, IGNORED):
         with runtime.autocast():
             losses = model(idx.to(runtime.device), targets.to(runtime.device), reduction="none")  # (B, T)
+        observe(losses, targets)
         real = targets[targets != IGNORED]
         nats += losses.double().sum().item()
         n_tokens += real.numel()
@@ -55,3 +59,39 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / max(1, n_bytes),
         n_tokens=int(n_tokens),
     )
+
+
+class LossByPosition:
+    """Nats and number of targets at each position of a context."""
+
+    def __init__(self, T: int):
+        self.nats = torch.zeros(T, dtype=torch.float64)
+        self.n_targets = torch.zeros(T, dtype=torch.long)
+
+    def add(self, losses: Tensor, targets: Tensor) -> None:
+        """Count (B, T) losses; those of targets of -100 are 0."""
+        self.nats += losses.double().sum(0).cpu()
+        self.n_targets += (targets != -100).sum(0)
+
+    def tail(self, share: float) -> float:
+        """Mean loss over the last `share` of the positions."""
+        last = slice(len(self.nats) - max(1, round(share * len(self.nats))), None)
+        return (self.nats[last].sum() / self.n_targets[last].sum()).item()
+
+    def curve(self, per_octave: int = 4) -> tuple[list[float], list[float]]:
+        """Positions, counted from 1 as tokens that a prediction could see, and the mean loss there, in log-spaced bins.
+
+        A bin's position is the mean of its targets'; bins without targets are left out.
+        """
+        T = len(self.nats)
+        edges = {round(2 ** (i / per_octave)) for i in range(per_octave * T.bit_length())}
+        widest = 2 ** (0.5 / per_octave)  # the last bin is at least half as wide as the others
+        bins = [*sorted(edge for edge in edges if edge * widest <= T), T + 1]
+        position = torch.arange(1, T + 1) * self.n_targets
+        positions, losses = [], []
+        for start, end in pairwise(bins):
+            inside = slice(start - 1, end - 1)
+            if n := self.n_targets[inside].sum().item():
+                positions.append(position[inside].sum().item() / n)
+                losses.append(self.nats[inside].sum().item() / n)
+        return positions, losses
