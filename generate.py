@@ -26,6 +26,7 @@ from model.errors import UserError
 from model.gpt import GPT
 from model.meter import Meter
 from model.sampling import LogProbs, Sampler, pad_right, stream
+from model.streaming import through_window
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest logit
 
@@ -61,11 +62,9 @@ def load(options: Options, runtime: Runtime) -> tuple[GPT, Tokenizer]:
     model, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
     if options.window is not None:
         in_cache = options.positions == "in-cache"
-        config = model.config.sliding(options.window, options.n_sink, rope_in_cache=in_cache)
-        if in_cache and not any(getattr(spec, "rope_in_cache", False) for spec in config.layers):
+        model = through_window(model, options.window, options.n_sink, rope_in_cache=in_cache)
+        if in_cache and not any(getattr(spec, "rope_in_cache", False) for spec in model.config.layers):
             raise UserError("--positions in-cache says how keys are rotated, and no layer of this run rotates them")
-        saved, model = model, GPT(config)
-        model.load_state_dict(saved.state_dict())
     return model.to(runtime.device, runtime.dtype).eval(), tokenizer
 
 

@@ -10,9 +10,11 @@ from model.device import Runtime
 from model.gpt import GPT
 
 
-def through_window(model: GPT, window: int, n_sink: int) -> GPT:
+def through_window(model: GPT, window: int, n_sink: int, *, rope_in_cache: bool = False) -> GPT:
     """The same weights decoded through a window: every layer slides with it, whatever it was trained as."""
-    sliding = GPT(model.config.sliding(window, n_sink)).to(model.lm_head.weight)  # its device and dtype
+    sliding = GPT(model.config.sliding(window, n_sink, rope_in_cache=rope_in_cache)).to(
+        model.lm_head.weight
+    )  # its device and dtype
     sliding.load_state_dict(model.state_dict())
     return sliding.train(model.training)
 
