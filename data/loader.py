@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,35 @@ from model.errors import UserError
 
 IGNORED = -100  # the target that cross-entropy leaves out
 _HASH_CHUNK = 1 << 20  # tokens
+
+
+class TokenSource(Protocol):
+    """Token ids that can be read anywhere."""
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self, start: int, n: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenArray:
+    """Token ids in memory."""
+
+    ids: np.ndarray  # (n_tokens,)
+    name: str  # for messages
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Return the n ids from start on, (n,)."""
+        assert 0 <= start <= start + n <= self.n_tokens, f"{start} + {n} is beyond {self.n_tokens} tokens"
+        return self.ids[start : start + n]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,33 +128,44 @@ class TrainLoader:
 
 
 def eval_batches(
-    tokens: Tokens, *, block_size: int, batch_size: int, max_tokens: int | None = None
+    tokens: TokenSource, *, block_size: int, batch_size: int, max_tokens: int | None = None, stride: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (idx, targets), (B, T) int64, over the split's first max_tokens targets, each exactly once and in order.
 
-    Windows do not overlap. The last may be short: it is filled with id 0 and targets that are ignored.
+    Each window begins `stride` tokens after the one before and counts only the targets that are new; none: block_size,
+    windows do not overlap. The last may be short: it is filled with id 0 and targets that are ignored.
     """
+    stride = block_size if stride is None else stride
     n_targets = _n_targets(tokens, max_tokens)
-    for first in range(0, n_targets, batch_size * block_size):
-        ids = tokens.read(first, min(batch_size * block_size, n_targets - first) + 1).astype(np.int64)
-        n_rows = -(-(len(ids) - 1) // block_size)
-        idx = np.zeros(n_rows * block_size, dtype=np.int64)
-        targets = np.full(n_rows * block_size, IGNORED, dtype=np.int64)
+    n_windows = 1 + max(0, -(-(n_targets - block_size) // stride))
+    for window in range(0, n_windows, batch_size):
+        first = window * stride
+        length = (min(batch_size, n_windows - window) - 1) * stride + block_size
+        ids = tokens.read(first, min(length, n_targets - first) + 1).astype(np.int64)
+        idx = np.zeros(length, dtype=np.int64)
+        targets = np.full(length, IGNORED, dtype=np.int64)
         idx[: len(ids) - 1] = ids[:-1]
         targets[: len(ids) - 1] = ids[1:]
-        yield torch.from_numpy(idx).view(n_rows, block_size), torch.from_numpy(targets).view(n_rows, block_size)
+        idx, targets = (
+            np.lib.stride_tricks.sliding_window_view(x, block_size)[::stride].copy() for x in (idx, targets)
+        )
+        targets[0 if window else 1 :, : block_size - stride] = IGNORED  # counted by the window before
+        yield torch.from_numpy(idx), torch.from_numpy(targets)
 
 
-def stream_hash(tokens: Tokens, block_size: int, max_tokens: int | None = None) -> str:
+def stream_hash(
+    tokens: TokenSource, block_size: int, max_tokens: int | None = None, *, stride: int | None = None
+) -> str:
     """Identify what `eval_batches` asks of a model: the same hash means the same targets after the same contexts."""
     n_tokens = _n_targets(tokens, max_tokens) + 1
-    digest = hashlib.sha256(f"{block_size} {n_tokens} ".encode())
+    overlap = f"{stride} " if stride not in (None, block_size) else ""
+    digest = hashlib.sha256(f"{block_size} {overlap}{n_tokens} ".encode())
     for start in range(0, n_tokens, _HASH_CHUNK):
         digest.update(tokens.read(start, min(_HASH_CHUNK, n_tokens - start)).astype("<u4").tobytes())
     return digest.hexdigest()[:16]
 
 
-def _n_targets(tokens: Tokens, max_tokens: int | None) -> int:
+def _n_targets(tokens: TokenSource, max_tokens: int | None) -> int:
     if tokens.n_tokens < 2:
         raise UserError(f"{tokens.name} split has {tokens.n_tokens} tokens, nothing to predict; use more text")
     return tokens.n_tokens - 1 if max_tokens is None else min(max_tokens, tokens.n_tokens - 1)
