@@ -1,8 +1,9 @@
-"""Loss over a fixed stream of tokens."""
+"""Loss over a fixed stream of tokens, and by the place of a token in its context."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,15 +25,24 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray, runtime: Runtime
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: np.ndarray,
+    runtime: Runtime,
+    *,
+    observe: Callable[[Tensor, Tensor], None] = lambda losses, targets: None,
 ) -> Evaluation:
-    """Mean loss over the targets of (idx, targets) batches, each (B, T); -100 counts as nothing."""
+    """Mean loss over the targets of (idx, targets) batches, each (B, T); -100 counts as nothing.
+
+    `observe` is shown the losses and targets of each batch, (B, T) both.
+    """
     was_training = model.training
     model.eval()
     nats, n_tokens, n_bytes = 0.0, 0, 0
     for idx, targets in batches:
         with runtime.autocast():
             losses = model(idx.to(runtime.device), targets.to(runtime.device), reduction="none")  # (B, T)
+        observe(losses, targets)
         real = targets[targets != -100]
         nats += losses.double().sum().item()
         n_tokens += real.numel()
@@ -45,3 +55,39 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / max(1, n_bytes),
         n_tokens=n_tokens,
     )
+
+
+class LossByPosition:
+    """Nats and number of targets at each position of a context."""
+
+    def __init__(self, T: int):
+        self.nats = torch.zeros(T, dtype=torch.float64)
+        self.n_targets = torch.zeros(T, dtype=torch.long)
+
+    def add(self, losses: Tensor, targets: Tensor) -> None:
+        """Count (B, T) losses; those of targets of -100 are 0."""
+        self.nats += losses.double().sum(0).cpu()
+        self.n_targets += (targets != -100).sum(0)
+
+    def tail(self, share: float) -> float:
+        """Mean loss over the last `share` of the positions; nan if no target was there."""
+        last = slice(len(self.nats) - max(1, round(share * len(self.nats))), None)
+        return (self.nats[last].sum() / self.n_targets[last].sum()).item()
+
+    def curve(self, per_octave: int = 4) -> tuple[list[float], list[float]]:
+        """Positions, counted from 1 as tokens that a prediction could see, and the mean loss there, in log-spaced bins.
+
+        A bin's position is the mean of its targets'; bins without targets are left out.
+        """
+        T = len(self.nats)
+        edges = {round(2 ** (i / per_octave)) for i in range(per_octave * T.bit_length())}
+        widest = 2 ** (0.5 / per_octave)  # the last bin is at least half as wide as the others
+        bins = [*sorted(edge for edge in edges if edge * widest <= T), T + 1]
+        position = torch.arange(1, T + 1) * self.n_targets
+        positions, losses = [], []
+        for start, end in pairwise(bins):
+            inside = slice(start - 1, end - 1)
+            if n := self.n_targets[inside].sum().item():
+                positions.append(position[inside].sum().item() / n)
+                losses.append(self.nats[inside].sum().item() / n)
+        return positions, losses
