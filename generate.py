@@ -24,6 +24,7 @@ from model.errors import UserError
 from model.gpt import GPT
 from model.memory import device_peak
 from model.sampling import Sampler, stream
+from model.streaming import through_window
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest logit
 
@@ -130,10 +131,7 @@ def check_options(options: Options) -> None:
 def load(options: Options, runtime: Runtime) -> tuple[GPT, Tokenizer]:
     """The model to decode with, and its tokenizer."""
     saved, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
-    if options.window is None:
-        return saved.to(runtime.device, runtime.dtype).eval(), tokenizer
-    model = GPT(saved.config.sliding(options.window, options.n_sink))
-    model.load_state_dict(saved.state_dict())
+    model = saved if options.window is None else through_window(saved, options.window, options.n_sink)
     return model.to(runtime.device, runtime.dtype).eval(), tokenizer
 
 

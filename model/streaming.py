@@ -1,0 +1,53 @@
+"""Loss on a text far longer than the training context: decoded through the rolling cache, and computed anew each time.
+
+Dimensions: N tokens to predict, B contexts, W window.
+"""
+
+import torch
+from torch import Tensor
+
+from model.device import Runtime
+from model.gpt import GPT
+
+
+def through_window(model: GPT, window: int, n_sink: int) -> GPT:
+    """The same weights decoded through a window: every layer slides with it, whatever it was trained as."""
+    sliding = GPT(model.config.sliding(window, n_sink)).to(model.lm_head.weight)  # its device and dtype
+    sliding.load_state_dict(model.state_dict())
+    return sliding.train(model.training)
+
+
+@torch.inference_mode()
+def streamed_losses(model: GPT, ids: Tensor, runtime: Runtime, *, chunk: int = 256) -> Tensor:
+    """(N + 1,) ids -> (N,) nats of ids[1:], each decoded after all that came before it, through the cache.
+
+    A chunk is what token-by-token decoding computes, in fewer passes: it reads the cache before it writes.
+    """
+    cache = model.new_cache(1, len(ids) - 1)
+    losses = []
+    for idx, targets in zip(ids[None, :-1].split(chunk, dim=1), ids[None, 1:].split(chunk, dim=1), strict=True):
+        with runtime.autocast():
+            losses.append(model(idx, targets, cache=cache, reduction="none")[0])
+    return torch.cat(losses)  # (N,)
+
+
+@torch.inference_mode()
+def recomputed_losses(
+    model: GPT, ids: Tensor, at: Tensor, window: int, runtime: Runtime, *, batch_tokens: int = 16_384
+) -> Tensor:
+    """(N + 1,) ids -> nats of ids[at + 1], (len(at),), each from the last `window` tokens alone, without a cache.
+
+    What streaming is held against (2309.17453): every context begins at position 0, and costs `window` tokens. `at` is
+    in ascending order.
+    """
+    early, late = at[at < window - 1], at[at >= window - 1]
+    losses = []
+    with runtime.autocast():
+        if len(early):  # their whole past is shorter than the window: one pass has them all
+            n = int(early[-1]) + 1
+            losses.append(model(ids[None, :n], ids[None, 1 : n + 1], reduction="none")[0, early])
+        back = torch.arange(1 - window, 1, device=ids.device)
+        for rows in late.split(max(1, batch_tokens // window)) if len(late) else ():
+            contexts, targets = ids[rows[:, None] + back], ids[rows + 1][:, None]  # (B, W), (B, 1)
+            losses.append(model(contexts, targets, last_only=True, reduction="none")[:, 0])
+    return torch.cat(losses)
