@@ -14,7 +14,8 @@ class DataConfig(Section):
     """Which text, cut into which tokens."""
 
     text: str = Field(
-        "pydocs", description="a named text (pydocs, shakespeare, wikitext103, tinystories, fineweb-edu) or a path"
+        "pydocs",
+        description="a named text (pydocs, shakespeare, recall, wikitext103, tinystories, fineweb-edu) or a path",
     )
     tokenizer: str = Field(
         "bpe-4096", description="byte, char, gpt2, cl100k_base, o200k_base, or bpe-N learned from the text"

@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-from data import pydocs
+from data import pydocs, recall
 from data.files import SUFFIXES, open_files, read_file
 from data.hub import HubText, open_hub
 from data.network import fetch
@@ -46,7 +47,7 @@ HUB_TEXTS = (
     ),
 )
 
-NAMES = ("pydocs", "shakespeare", *(source.name for source in HUB_TEXTS))
+NAMES = ("pydocs", "shakespeare", "recall", *(source.name for source in HUB_TEXTS))
 
 
 def open_text(text: str) -> Text:
@@ -55,6 +56,8 @@ def open_text(text: str) -> Text:
         return _pydocs()
     if text == "shakespeare":
         return _shakespeare()
+    if text == "recall":
+        return _recall()
     for source in HUB_TEXTS:
         if source.name == text:
             return open_hub(source)
@@ -89,4 +92,17 @@ def _shakespeare() -> Text:
         identity=SHAKESPEARE_SHA256,
         splits={"train": pieces},
         approx_bytes={"train": 1_115_394},
+    )
+
+
+def _recall() -> Text:
+    def pieces(split: str) -> Iterator[Piece]:
+        return map(Piece, islice(recall.documents(split), recall.DOCUMENTS[split]))
+
+    return Text(
+        name="recall",
+        origin="generated, see data/recall.py",
+        identity=f"1 {recall.DOCUMENTS}",  # raise the first number when the same would be another text
+        splits={"train": lambda: pieces("train"), "val": lambda: pieces("val")},
+        approx_bytes={split: n * recall.LENGTH for split, n in recall.DOCUMENTS.items()},
     )

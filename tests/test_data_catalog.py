@@ -125,7 +125,7 @@ def test_unknown_name_gets_the_nearest_one(name, advice):
     with pytest.raises(UserError) as error:
         open_text(name)
     assert str(error.value) == (
-        f"text '{name}' is none of pydocs, shakespeare, wikitext103, tinystories, fineweb-edu, "
+        f"text '{name}' is none of pydocs, shakespeare, recall, wikitext103, tinystories, fineweb-edu, "
         f"nor a file or folder here; {advice}"
     )
 
