@@ -47,10 +47,13 @@ class RunDir:
 
     def load(self, path: Path, which: str = "best") -> tuple[GPT, Tokenizer]:
         """The network in float32 and its tokenizer: of the checkpoint that `path` is, or else of `which`."""
-        chosen = self.checkpoint(which) if path == self.path else checkpoint.read(path)
         model = GPT(self.config().model)
-        checkpoint.load_model(model, chosen)
+        checkpoint.load_model(model, self.chosen(path, which))
         return model, Tokenizer.load(self.path / "tokenizer.json")
+
+    def chosen(self, path: Path, which: str = "best") -> Checkpoint:
+        """The checkpoint that `path` is, or else `which`, verified."""
+        return self.checkpoint(which) if path == self.path else checkpoint.read(path)
 
     def config(self) -> RunConfig:
         """The resolved config the run was made with."""

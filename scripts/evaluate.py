@@ -1,0 +1,49 @@
+"""Evaluate a trained run:  python -m scripts.evaluate runs/shakespeare --by-position --plot
+
+Where no measure is asked for: loss, perplexity and bits per byte of the validation stream, the numbers that training
+reported for the same checkpoint. Every figure also goes into evaluations.json in the run's directory.
+"""
+
+import json
+
+import tyro
+
+from configs.program import exit_with_one_line
+from scripts.probes.attention import to_first
+from scripts.probes.options import Options, check
+from scripts.probes.perplexity import perplexity
+from scripts.probes.recall import recall
+from scripts.probes.results import Found, keep
+from scripts.probes.stream import stream
+from scripts.probes.subject import open_subject
+
+
+def evaluate(options: Options) -> dict[str, float]:
+    """Measure what is asked for, keep it with the run, print it; the figures by column."""
+    check(options)
+    asked = {
+        stream: options.stream,
+        recall: options.recall,
+        to_first: options.attention_to_first is not None,
+    }
+    measures = [perplexity] if options.by_position or not any(asked.values()) else []
+    measures += [measure for measure, wanted in asked.items() if wanted]
+    subject = open_subject(options.run, options.checkpoint, device=options.device, dtype=options.dtype)
+    found: list[Found] = [measure(subject, options) for measure in measures]
+    keep(subject.run.path, subject.step, found, plot=options.plot)
+    figures = {key: value for each in found for key, value in each.figures.items()}
+    if options.json:
+        facts = {"run": str(subject.run.path), "step": subject.step, "runtime": subject.runtime.why}
+        print(json.dumps(facts | {"figures": figures}, indent=2))
+    else:
+        head = f"{subject.run.path}, step {subject.step}: {subject.runtime.why}"
+        print(head, *(each.text for each in found), sep="\n\n")
+    return figures
+
+
+def main() -> None:
+    evaluate(tyro.cli(Options, prog="python -m scripts.evaluate", description=__doc__))
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

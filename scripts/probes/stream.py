@@ -1,0 +1,97 @@
+"""A text far longer than the training context, decoded as generate.py does, against recomputation."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.errors import UserError
+from model.streaming import recomputed_losses, streamed_losses, through_window
+from scripts.probes.options import Options
+from scripts.probes.results import Curve, Found, column, table
+from scripts.probes.subject import Subject
+from scripts.report import new_figure
+
+PARTS = 32  # of a stream, whose mean losses are drawn
+
+
+def stream(subject: Subject, options: Options) -> Found:
+    """Perplexity of one stream through each cache, and of its recomputation.
+
+    Only `samples` targets are recomputed: what streaming loses on them is taken from its mean over all.
+    """
+    tokens = subject.tokens(options.text, options.length)
+    N = options.length or tokens.n_tokens - 1
+    if not 1 <= N < tokens.n_tokens:
+        raise UserError(
+            f"--length ({N}) is more than the {tokens.n_tokens - 1} tokens to predict of {tokens.name}: "
+            "take less, or a longer text with --text"
+        )
+    model, runtime, window = subject.model, subject.runtime, options.window
+    context = window or subject.config.model.block_size
+    subject.check_context(max(N, context))
+    ids = torch.from_numpy(tokens.read(0, N + 1).astype("int64")).to(runtime.device)
+    at = sample(N, options.samples).to(runtime.device)
+    streams = {}
+    for k in tqdm(options.n_sink, desc="streams", leave=False, disable=None):
+        decoder = model if window is None else through_window(model, window, k)
+        streams[k] = streamed_losses(decoder, ids, runtime).double()
+    recomputed = recomputed_losses(model, ids, at, context, runtime).double()
+
+    closest = min(streams.values(), key=lambda losses: (losses[at] - recomputed).var(correction=0).item())
+    above = closest[at] - recomputed  # its mean is far better known than that of so few recomputed losses
+    floor = (closest.mean() - above.mean()).item()
+
+    same = {"length": N, "text": options.text and tokens.name, "dtype": options.dtype}
+    figures, curves = {}, {}
+    lines = [("", "loss", "perplexity", "above recomputed")]
+    for k, losses in streams.items():
+        name = "as trained" if window is None else f"window {window}, {k} sinks"
+        setting = ({} if window is None else {"window": window, "n_sink": k}) | same
+        loss = losses.mean().item()
+        figures[column("stream_perplexity", **setting)] = math.exp(loss)
+        figures[column("stream_minus_recomputed", **setting)] = loss - floor
+        lines.append((name, f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{loss - floor:+.4f}"))
+        curves[name] = _by_part(losses, torch.arange(N), N)
+    figures[column("recomputed_perplexity", context=context, **same)] = math.exp(floor)
+    lines.append((name := f"recomputed from {context}", f"{floor:.4f}", f"{math.exp(floor):.2f}", ""))
+    curves[name] = _by_part(closest, torch.arange(N), N) - _by_part(above, at, N)
+    head = f"{options.text or 'validation'}: a stream of {N:,} tokens, {len(at):,} of them recomputed"
+    narrower = [trained for spec in model.config.layers if (trained := getattr(spec, "window", None))]
+    if window is not None and min(narrower, default=window) < window:
+        head += f"\nnote: layers that were trained with a window of {min(narrower)} now see {window} tokens"
+    content = {
+        "block_size": subject.config.model.block_size,
+        "position": [(part + 0.5) * N / PARTS for part in range(PARTS)],
+        "streams": {name: [x if math.isfinite(x) else None for x in curve.tolist()] for name, curve in curves.items()},
+    }
+    curve = Curve(name="loss_in_stream", content=content, draw=_draw)
+    return Found(figures=figures, text=f"{head}\n{table(lines)}", curve=curve)
+
+
+def sample(N: int, n: int) -> Tensor:
+    """One of each of n equal parts of N targets (all, if there are no more), always the same: (n,), ascending.
+
+    Drawn and not evenly spaced, since a text may have a rhythm of its own.
+    """
+    n = min(n, N)
+    within = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ((torch.arange(n) + within) * (N / n)).long().clamp(max=N - 1)
+
+
+def _by_part(values: Tensor, at: Tensor, N: int) -> Tensor:
+    """Mean over each of equal parts of a stream of N targets, (PARTS,); values are of the targets `at`."""
+    part = at.cpu() * PARTS // N
+    return torch.bincount(part, values.cpu(), minlength=PARTS) / torch.bincount(part, minlength=PARTS)
+
+
+def _draw(content: dict[str, Any]):
+    figure, (axes,) = new_figure("tokens of the stream", ["loss (nats per token)"])
+    for name, curve in content["streams"].items():
+        known = [(x, y) for x, y in zip(content["position"], curve, strict=True) if y is not None]
+        axes.plot(*zip(*known, strict=True), "o-", ms=3, label=name)
+    axes.axvline(content["block_size"], color="grey", lw=0.8, ls=":", label="training context")
+    axes.legend(frameon=False)
+    return figure
