@@ -74,7 +74,7 @@ class LossByPosition:
         self.n_targets += (targets != -100).sum(0)
 
     def tail(self, share: float) -> float:
-        """Mean loss over the last `share` of the positions."""
+        """Mean loss over the last `share` of the positions; nan if no target was there."""
         last = slice(len(self.nats) - max(1, round(share * len(self.nats))), None)
         return (self.nats[last].sum() / self.n_targets[last].sum()).item()
 

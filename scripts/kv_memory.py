@@ -25,6 +25,7 @@ CONTEXTS = tuple(2**n for n in range(10, 21))  # 1k to 1M tokens
 PRESETS = Path("configs/presets")
 PRESET_CONTEXTS = (1_024, 8_192, 32_768, 131_072, 1_048_576)
 EXAMPLE = {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "pattern": "5:1", "window": 1024}
+SHAPE = (*EXAMPLE, "head_dim", "n_sink")  # what options say of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,7 @@ class Options:
 
 def shape(options: Options) -> ModelConfig:
     """The network that is asked about. UserError for one that cannot be."""
-    keys = [*EXAMPLE, "head_dim", "n_sink"]
-    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
+    given = {key: value for key in SHAPE if (value := getattr(options, key)) is not None}
     if options.config is not None:
         return load(options.config, {"model": given}).model
     return build(ModelConfig, EXAMPLE | given)
@@ -116,8 +116,8 @@ def describe(base: ModelConfig, dtype: str) -> str:
 
 def rows_of(table: dict[str, dict[int, int]]) -> str:
     """A line for each context, a column for each variant."""
-    name, size = unit(table)
-    lines = [f"{'tokens':>9}" + "".join(f"{f'{label}, {name}':>15}" for label in table)]
+    symbol, size = unit(table)
+    lines = [f"{'tokens':>9}" + "".join(f"{f'{label}, {symbol}':>15}" for label in table)]
     for n in next(iter(table.values())):
         lines.append(f"{n:9,}" + "".join(f"{row[n] / size:15,.3f}" for row in table.values()))
     return "\n".join(lines)
@@ -142,11 +142,14 @@ def draw(table: dict[str, dict[int, int]], dtype: str, path: Path) -> None:
     axes.set_xticks(ticks, [f"{n >> 10}k" if n < 2**20 else "1M" for n in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=144)
+    figure.savefig(path, dpi=144, format="png")
 
 
 def presets(options: Options) -> str:
     """What to print about every preset."""
+    for key in ("config", *SHAPE, "context", "plot"):
+        if (value := getattr(options, key)) is not None:
+            raise UserError(f"--presets has every preset as it is: leave {key} ({value}) out")
     files = sorted(PRESETS.glob("*.toml"))
     if not files:
         raise UserError(f"--presets: there is no config in {PRESETS}")
@@ -172,8 +175,8 @@ def one_shape(options: Options) -> str:
     if options.json:
         kinds = kinds_of(base)
         return json.dumps({"layers": kinds, "dtype": options.dtype, "context": context, "bytes": table}, indent=2)
-    name, size = unit(table)
-    at = ", ".join(f"{label} {row[context] / size:,.2f} {name}" for label, row in table.items())
+    symbol, size = unit(table)
+    at = ", ".join(f"{label} {row[context] / size:,.2f} {symbol}" for label, row in table.items())
     return f"{describe(base, options.dtype)}\nat {context:,} tokens: {at}\n\n{rows_of(table)}"
 
 

@@ -20,11 +20,11 @@ from data.tokenizer import make_tokenizer
 from model import streaming
 from model.evaluate import LossByPosition
 from model.gpt import GPT
-from scripts.evaluate import __main__ as script
-from scripts.evaluate import recall, subject
-from scripts.evaluate.options import Options
-from scripts.evaluate.results import FILE, Found, column, keep
-from scripts.evaluate.stream import sample
+from scripts import evaluate as script
+from scripts.probes import recall, subject
+from scripts.probes.options import Options
+from scripts.probes.results import FILE, Found, column, keep
+from scripts.probes.stream import sample
 
 PNG = b"\x89PNG"
 LINE = "Die naïve Katze 猫 sieht überall 😀 und 😀....\n"  # 44 characters, 54 bytes
@@ -196,6 +196,12 @@ def test_positions_that_overlapping_windows_leave_out_are_absent(copy):
     curve = json.loads((copy / "loss_by_position.json").read_text())
     assert curve["position"][0] == 1  # the first window counts all
     assert len(curve["position"]) == len(curve["loss"])
+
+
+def test_what_no_context_is_long_enough_for_is_absent(copy):
+    found = figures(copy, by_position=True, tokens=5)
+    assert set(found) == {f"{name}[tokens=5]" for name in ("loss", "perplexity", "bits_per_byte")}
+    assert json.loads((copy / "loss_by_position.json").read_text())["position"] == [1, 2, 3, 4, 5]
 
 
 # Streams.
@@ -454,6 +460,11 @@ def test_the_table_has_the_four_digits_that_training_prints(program, copy):
 def test_what_cannot_be_gets_a_line(program, copy, wrong, said):
     program(script.main, copy, *wrong).assert_refused(said)
     assert not (copy / FILE).exists()
+
+
+def test_the_line_begins_with_the_name_of_the_program(tmp_path):
+    ended = run_program("-m", "scripts.evaluate", tmp_path / "nowhere")
+    assert (ended.code, ended.err) == (2, f"evaluate.py: {tmp_path / 'nowhere'} is no run: it has no config.json\n")
 
 
 def test_learned_positions_cannot_be_left(program, tmp_path):

@@ -134,6 +134,11 @@ def test_a_shape_that_cannot_be_gets_a_line(ask, wrong, said):
     ask(*wrong).assert_refused(said)
 
 
+@pytest.mark.parametrize("other", [["configs/demo.toml"], ["--n-layer", 3], ["--context", 7], ["--plot", "kv.png"]])
+def test_presets_stand_as_they_are(ask, other):
+    ask("--presets", *other).assert_refused("--presets has every preset as it is: leave", str(other[-1]))
+
+
 def test_no_presets_are_said(ask, tmp_path, monkeypatch):
     monkeypatch.setattr(kv_memory, "PRESETS", tmp_path)
     ask("--presets").assert_refused("--presets: there is no config in")

@@ -5,9 +5,9 @@ import statistics
 from data.loader import eval_batches
 from model.errors import UserError
 from model.observe import attention_to_first
-from scripts.evaluate.options import Options
-from scripts.evaluate.results import Found, column, table
-from scripts.evaluate.subject import Subject
+from scripts.probes.options import Options
+from scripts.probes.results import Found, column, table
+from scripts.probes.subject import Subject
 
 MAX_TOKENS = 32_768  # whose attention is averaged
 

@@ -19,19 +19,16 @@ class Options:
     by_position: bool = False
     """Loss by position in the context, into loss_by_position.json."""
     stream: bool = False
-    """Perplexity of one long stream, decoded through the rolling cache, against recomputation; its course goes into
-    loss_in_stream.json."""
+    """Perplexity of one long stream through the rolling cache, against recomputation, into loss_in_stream.json."""
     recall: bool = False
-    """Share of keys whose value is recalled, by distance, into recall_by_distance.json: for runs with data.text =
-    recall."""
+    """How often values are recalled, by distance, into recall_by_distance.json: for runs on data.text = recall."""
     attention_to_first: int | None = None
     """Mean attention probability that goes to this many first tokens of a context, by layer."""
 
     context: int | None = None
     """Tokens in a context; none: block_size."""
     stride: int | None = None
-    """Tokens from the beginning of a context to that of the next, which counts only what is new; none: the context,
-    without overlap, so that the first tokens of each are predicted from little."""
+    """Tokens from one context's beginning to the next's, which counts only what is new; none: no overlap."""
     tokens: int | Literal["all"] | None = None
     """Targets to predict at most; none: as many as training evaluates."""
     text: str | None = None

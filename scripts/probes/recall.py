@@ -10,9 +10,9 @@ from tqdm import tqdm
 from data.recall import CHANCE, PASSKEY, PASSKEY_DIGITS, documents, questions
 from model.config import ModelConfig
 from model.errors import UserError
-from scripts.evaluate.options import Options
-from scripts.evaluate.results import Curve, Found, column, table
-from scripts.evaluate.subject import Subject
+from scripts.probes.options import Options
+from scripts.probes.results import Curve, Found, column, table
+from scripts.probes.subject import Subject
 from scripts.report import new_figure
 
 TOKENS = 131_072  # of held-out documents, where nothing says how many
@@ -41,7 +41,8 @@ def recall(subject: Subject, options: Options) -> Found:
     for part, inside in parts.items():
         right = asked[inside].groupby("probe")["right"].mean()
         for probe, share in right.items():
-            name = column(f"{probe}_accuracy", *([] if part == "all distances" else [part]), context=options.context)
+            where = [] if part == "all distances" else [part]
+            name = column(f"{probe}_accuracy", *where, context=options.context, dtype=options.dtype)
             figures[name] = float(share)
         cells = (f"{right[probe]:.1%}" if probe in right else "none asked" for probe in PROBES)
         lines.append((part, f"{inside.sum():,}", *cells))

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from model.errors import UserError
 from model.streaming import recomputed_losses, streamed_losses, through_window
-from scripts.evaluate.options import Options
-from scripts.evaluate.results import Curve, Found, column, table
-from scripts.evaluate.subject import Subject
+from scripts.probes.options import Options
+from scripts.probes.results import Curve, Found, column, table
+from scripts.probes.subject import Subject
 from scripts.report import new_figure
 
 PARTS = 32  # of a stream, whose mean losses are drawn
@@ -44,7 +44,7 @@ def stream(subject: Subject, options: Options) -> Found:
     above = closest[at] - recomputed  # its mean is far better known than that of so few recomputed losses
     floor = (closest.mean() - above.mean()).item()
 
-    same = {"length": N, "text": options.text and tokens.name}
+    same = {"length": N, "text": options.text and tokens.name, "dtype": options.dtype}
     figures, curves = {}, {}
     lines = [("", "loss", "perplexity", "above recomputed")]
     for k, losses in streams.items():

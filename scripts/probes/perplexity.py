@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte of a stream of tokens; and loss by position in the context."""
 
+import math
 from typing import Any
 
 from tqdm import tqdm
@@ -7,9 +8,9 @@ from tqdm import tqdm
 from data.loader import eval_batches, stream_hash
 from model.errors import UserError
 from model.evaluate import LossByPosition, evaluate
-from scripts.evaluate.options import Options
-from scripts.evaluate.results import Curve, Found, column, table
-from scripts.evaluate.subject import Subject
+from scripts.probes.options import Options
+from scripts.probes.results import Curve, Found, column, table
+from scripts.probes.subject import Subject
 from scripts.report import new_figure
 
 
@@ -21,7 +22,8 @@ def perplexity(subject: Subject, options: Options) -> Found:
     if stride > context:
         raise UserError(f"--stride ({stride}) is more than the context ({context}): tokens between would be left out")
     subject.check_context(context)
-    max_tokens = {None: eval_tokens, "all": None}.get(options.tokens, options.tokens)  # type: ignore[arg-type]
+    asked = eval_tokens if options.tokens is None else options.tokens
+    max_tokens = None if asked == "all" else asked
     tokens = subject.tokens(options.text, max_tokens)
     rows = subject.batch_rows(context)
     batches = eval_batches(tokens, block_size=context, batch_size=rows, max_tokens=max_tokens, stride=stride)
@@ -43,8 +45,9 @@ def perplexity(subject: Subject, options: Options) -> Found:
     lines.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
     curve = None
     if options.by_position:
-        values["loss_last_quarter"] = by_position.tail(0.25)
-        lines.append(("loss in the last quarter of the context", f"{values['loss_last_quarter']:.4f}"))
+        if math.isfinite(last := by_position.tail(0.25)):  # some context is so long
+            values["loss_last_quarter"] = last
+            lines.append(("loss in the last quarter of the context", f"{last:.4f}"))
         positions, losses = by_position.curve()
         content = {"position": positions, "loss": losses, "context": context, "stride": stride, "stream_hash": digest}
         curve = Curve(name="loss_by_position", content=content, draw=_draw)

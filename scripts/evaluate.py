@@ -9,13 +9,13 @@ import json
 import tyro
 
 from configs.program import exit_with_one_line
-from scripts.evaluate.attention import to_first
-from scripts.evaluate.options import Options, check
-from scripts.evaluate.perplexity import perplexity
-from scripts.evaluate.recall import recall
-from scripts.evaluate.results import Found, keep
-from scripts.evaluate.stream import stream
-from scripts.evaluate.subject import open_subject
+from scripts.probes.attention import to_first
+from scripts.probes.options import Options, check
+from scripts.probes.perplexity import perplexity
+from scripts.probes.recall import recall
+from scripts.probes.results import Found, keep
+from scripts.probes.stream import stream
+from scripts.probes.subject import open_subject
 
 
 def evaluate(options: Options) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""What can be measured of a trained run: scripts.evaluate asks for it."""
