@@ -29,6 +29,8 @@ from model.memory import PeakMemory
 from model.mixers import MIXERS
 from model.optim import Optimizers
 
+pytest_plugins = ["studies"]  # what only some of the tests share
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where the machine is busy
 settings.register_profile("sash", deadline=None, derandomize=True, database=None, max_examples=25)
