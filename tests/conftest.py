@@ -29,7 +29,7 @@ from model.memory import PeakMemory
 from model.mixers import MIXERS
 from model.optim import Optimizers
 
-pytest_plugins = ["studies"]  # what only some of the tests share
+pytest_plugins = ["studies", "evaluated"]  # what only some of the tests share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where the machine is busy
@@ -38,6 +38,7 @@ settings.register_profile("long", settings.get_profile("sash"), derandomize=Fals
 settings.load_profile("sash")
 
 ROOT = Path(__file__).parents[1]
+PNG = b"\x89PNG"  # how such a file begins
 VOCAB = 31
 SMALL = {
     "vocab_size": VOCAB,
