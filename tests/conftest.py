@@ -29,7 +29,7 @@ from model.memory import PeakMemory
 from model.mixers import MIXERS
 from model.optim import Optimizers
 
-pytest_plugins = ["studies", "evaluated", "planted"]  # what only some of the tests share
+pytest_plugins = ["studies", "evaluated", "planted", "training"]  # what only some of the tests share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where the machine is busy
