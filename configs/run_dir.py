@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,19 +61,26 @@ class RunDir:
 
     def config(self) -> RunConfig:
         """The resolved config the run was made with."""
-        return build(RunConfig, self._read("config.json")["config"], source=lambda _: f"{self.path}/config.json: ")
+        return build(RunConfig, self.facts()["config"], source=lambda _: f"{self.path}/config.json: ")
 
     def facts(self) -> dict[str, Any]:
         """config.json whole: the config, and the versions, device, commit and data it ran with."""
-        return self._read("config.json")
+        file = self.path / "config.json"
+        if not self.exists():
+            raise UserError(f"{self.path} is no run directory: it has no config.json")
+        facts = checkpoint.read_json(file)
+        if not isinstance(facts.get("config"), dict) or "data" not in facts:
+            raise UserError(f"{file} is damaged: it does not say config and data")
+        return facts
 
     def summary(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it is unfinished."""
-        return self._read("summary.json") if (self.path / "summary.json").is_file() else None
+        file, advice = self.path / "summary.json", "remove it and repeat the training command"
+        return checkpoint.read_json(file, advice=advice) if file.is_file() else None
 
     def check_same(self, config: RunConfig, data_hash: str) -> None:
         """UserError that names the first key in which `config` is another experiment than the one begun here."""
-        old = self._read("config.json")
+        old = self.facts()
         for key, was, now in _differences(old["config"], config.model_dump(mode="json")):
             if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
                 raise UserError(
@@ -136,8 +144,8 @@ class RunDir:
             return checkpoint.read(path)
         if (pointer := self.checkpoints / which).exists():
             raise UserError(
-                f"{pointer} points to {pointer.read_text().strip()!r}, which is gone: write the name of another "
-                f"checkpoint into it, or remove {self.path} to begin again"
+                f"{pointer} points to {pointer.read_text(errors='replace').strip()!r}, which is gone: write the name "
+                f"of another checkpoint into it, or remove {self.path} to begin again"
             )
         latest = which == "best" and (self.checkpoints / "latest").exists()
         what = "it was not evaluated before it stopped; take --checkpoint latest" if latest else "train it first"
@@ -151,24 +159,25 @@ class RunDir:
         """Drop the lines that came after `step`, and a last one that was never finished."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
-            checkpoint.write_text(path, kept)
+            text = path.read_text(encoding="utf-8", errors="replace")
+            whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+            kept = [line for line, record in zip(whole, self._records(whole), strict=True) if record["step"] <= step]
+            checkpoint.write_text(path, "".join(kept))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """All lines of metrics.jsonl. UserError for one that is damaged."""
+        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        return self._records(text.splitlines())
 
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            content = json.loads((self.path / name).read_text())
-            if not isinstance(content, dict):
-                raise ValueError(f"it holds a {type(content).__name__}")
-            return content
-        except FileNotFoundError:
-            raise UserError(f"{self.path} is no run directory: it has no {name}") from None
-        except ValueError as error:
-            raise UserError(f"{self.path / name} is damaged: {error}") from None
+    def _records(self, lines: list[str]) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            with suppress(ValueError):
+                if isinstance(record := json.loads(line), dict) and "step" in record:
+                    records.append(record)
+            if len(records) < number:
+                raise UserError(f"{self.path}/metrics.jsonl: line {number} is damaged: take it out")
+        return records
 
 
 class Metrics:

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -109,8 +110,8 @@ def point(root: Path, name: str, target: Path) -> None:
 
 def pointed(root: Path, name: str) -> Path | None:
     """Where root/name points; None if it does not exist or points nowhere."""
-    with contextlib.suppress(OSError):
-        target = root / (root / name).read_text().strip()
+    with contextlib.suppress(OSError, ValueError):
+        target = root / (root / name).read_text(encoding="utf-8").strip()
         return target if target.is_dir() else None
     return None
 
@@ -136,6 +137,17 @@ def load_training(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoi
     owner = lambda key: own[key.removeprefix("optimizer/").rpartition("/")[0]]
     for key, value in tensors.read(checkpoint.path, "optimizer", owner).items():
         optimizers.load(owner(key), key.rpartition("/")[2], value)
+
+
+def read_json(path: Path, *, advice: str = "") -> dict[str, Any]:
+    """The object in a JSON file. UserError, with advice on what to do, where there is none in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})" + (f": {advice}" if advice else "")) from None
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -105,11 +105,35 @@ def test_another_path_is_no_run(begun, path):
     assert str(error.value) == f"{path} is no run: it has no config.json"
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"config"'])
+@pytest.mark.parametrize("content", ["", "{", '{"config"', "[1]"])
 def test_a_damaged_config_is_said(begun, content):
     (begun.path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=re.escape(f"{begun.path / 'config.json'} is damaged: ")):
+    with pytest.raises(UserError, match=re.escape(f"{begun.path / 'config.json'} is damaged (")):
         begun.config()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"config": 1, "data": "x"}', '{"config": {}}'])
+def test_a_config_that_lacks_its_parts_is_said(begun, content):
+    (begun.path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged: it does not say config and data"):
+        begun.config()
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "7", '{"loss": 2.0}', "\udcff"])
+def test_a_damaged_line_of_metrics_is_named_and_nothing_is_cut(begun, line):
+    file = begun.path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n', encoding="utf-8", errors="surrogateescape")
+    before = file.read_bytes()
+    for read in (begun.metrics, lambda: begun.cut_metrics(2)):
+        with pytest.raises(UserError, match=re.escape("metrics.jsonl: line 2 is damaged: take it out")):
+            read()
+    assert file.read_bytes() == before
+
+
+def test_a_damaged_summary_is_said_with_what_to_do(begun):
+    (begun.path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary.json is damaged \(.*\): remove it and repeat the training command"):
+        begun.summary()
 
 
 def test_a_config_of_another_version_names_the_key(begun):
@@ -244,6 +268,13 @@ def test_without_a_best_there_is_a_latest(begun):
         begun.checkpoint("best")
     what = "it was not evaluated before it stopped; take --checkpoint latest"
     assert str(error.value) == f"{begun.path} has no best checkpoint yet: {what}"
+
+
+def test_a_pointer_that_is_no_text_is_said(begun):
+    save_steps(begun, {10: True})
+    (begun.checkpoints / "best").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="best points to '��', which is gone: write the name of another"):
+        begun.checkpoint()
 
 
 def test_a_latest_that_is_gone_is_said_and_not_begun_anew(begun):

@@ -19,7 +19,7 @@ from configs.load import build
 from configs.program import exit_with_one_line
 from configs.run_dir import RunDir
 from configs.schema import RunConfig
-from model.checkpoint import write_json
+from model.checkpoint import read_json, write_json
 
 FILE = "cell.json"  # in the run's directory: the commands that have measured it
 
@@ -27,7 +27,7 @@ FILE = "cell.json"  # in the run's directory: the commands that have measured it
 def measured(run: Path) -> list[list[str]]:
     """The commands that have measured the trained run."""
     file = run / FILE
-    return json.loads(file.read_text())["measured"] if file.is_file() else []
+    return read_json(file, advice="remove it")["measured"] if file.is_file() else []
 
 
 def train_cell(config: RunConfig) -> None:

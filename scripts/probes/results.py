@@ -1,6 +1,5 @@
 """What evaluations find, and where it is kept: a number for each column of a report in RUN/evaluations.json."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from model.checkpoint import write_json
-from model.errors import UserError
+from model.checkpoint import read_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,15 +63,7 @@ def keep(run: Path, step: int, found: list[Found], *, plot: bool) -> None:
 
 
 def _read(path: Path) -> dict[str, float]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-        return content
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it and evaluate again") from None
+    return read_json(path, advice="remove it and evaluate again") if path.is_file() else {}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

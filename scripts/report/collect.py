@@ -10,11 +10,13 @@ from typing import Any
 import pandas as pd
 
 from configs.run_dir import RunDir
+from model.checkpoint import read_json
 from model.errors import UserError
+from scripts.probes.results import FILE as EVALUATIONS
+from scripts.probes.results import STEP as EVALUATED_STEP
 
 STUDY = "study.json"  # in the directory of a study: its question, its baseline, its cells
-MEASURED, EVALUATIONS = "measured.json", "evaluations.json"  # in a run's directory: {column: number}
-EVALUATED_STEP = "evaluated_step"  # the column that says of which checkpoint the evaluations are
+MEASURED = "measured.json"  # in a run's directory, as evaluations are: {column: number}
 CLOCKS = re.compile(r"(_per_s|_s|_ms|_seconds)$|^mfu$|^peak_memory_process_bytes$")
 
 
@@ -58,7 +60,7 @@ def collect(paths: list[Path], baseline: str | None = None) -> Collected:
     studies = [path for path in paths if (path / STUDY).is_file()]
     single = [path for path in paths if path not in studies and (path.is_dir() or not path.exists())]
     entries = _entries([RunDir.of(path) for path in single])
-    plans = [json.loads((study / STUDY).read_text()) for study in studies]
+    plans = [read_json(study / STUDY, advice="repeat the study's command") for study in studies]
     notes = []
     for study, plan in zip(studies, plans, strict=True):
         cells = [Entry(run=RunDir(study / c["path"]), variant=c["variant"], seed=c["seed"]) for c in plan["cells"]]
@@ -143,7 +145,7 @@ def _measured(run: RunDir) -> dict[str, Any]:
 
 def _json(run: RunDir, name: str) -> dict[str, Any]:
     file = run.path / name
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file, advice="remove it and measure again") if file.is_file() else {}
 
 
 def _evaluations(entries: list[Entry], results: pd.DataFrame) -> list[str]:

@@ -1,6 +1,5 @@
 """Plots of what evaluations found in a context, in a stream, at a distance; None where no run was evaluated so."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from model.checkpoint import read_json
 from scripts.report.collect import Collected
 from scripts.report.figure import legend, look, new_figure
 from scripts.report.statistics import of_variant
@@ -104,4 +104,4 @@ def _loss_by_position(c: Collected) -> pd.DataFrame | None:
 def _curves(c: Collected, name: str) -> dict[tuple[str, int], dict[str, Any]]:
     """What a file of each run says that has it, by (variant, seed)."""
     files: dict[tuple[str, int], Path] = {(entry.variant, entry.seed): entry.run.path / name for entry in c.entries}
-    return {key: json.loads(file.read_text()) for key, file in files.items() if file.is_file()}
+    return {key: read_json(file, advice="evaluate again") for key, file in files.items() if file.is_file()}
