@@ -110,9 +110,11 @@ def _source(file: Path | None, overrides: dict[str, Any]) -> Callable[[tuple], s
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, with `above` on top of `below` in every section."""
+    """Both, with `above` on top of `below` in every section; an empty section says nothing."""
     merged = dict(below)
     for key, value in above.items():
+        if value == {} and key in merged:
+            continue
         under = merged.get(key)
         merged[key] = merge(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
     return merged

@@ -69,6 +69,12 @@ def test_overrides_replace_keys_and_leave_their_neighbours(tmp_path):
     assert (config.name, config.model.n_layer, config.model.n_sink, config.train.max_steps) == ("c", 4, 2, 5)
 
 
+def test_a_section_that_is_a_value_in_the_file_is_refused_from_the_command_line_too(tmp_path):
+    file = write(tmp_path / "a.toml", "model = [1]\n")
+    with pytest.raises(UserError, match=re.escape(f"{file}: model ([1]): input should be a valid dictionary")):
+        line(str(file))
+
+
 def test_overrides_reach_into_tables_by_kind(tmp_path):
     file = write(tmp_path / "a.toml", "[model]\nrope_base = {full = 1e6, swa = 1e4}\n")
     assert line(str(file), "--model.rope_base", "full", "5e5").model.rope_base == {"full": 5e5, "swa": 1e4}
