@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from configs.program import exit_with_one_line
+from configs.program import exit_with_one_line, stop_signals
 from scripts.report.write import report
 
 CONFIG = "configs/demo.toml"
@@ -48,9 +48,17 @@ def demo(options: Options) -> None:
 
 
 def _python(*arguments: str, quiet: bool = False) -> None:
-    done = subprocess.run((sys.executable, *arguments), stdout=subprocess.DEVNULL if quiet else None)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    """A program of ours to its end; stopped, it is told to end too, and waited for: training saves first."""
+    with stop_signals() as stopped:
+        program = subprocess.Popen((sys.executable, *arguments), stdout=subprocess.DEVNULL if quiet else None)
+        while program.poll() is None and not stopped:
+            time.sleep(0.05)
+        if stopped:
+            program.terminate()
+            program.wait()
+            raise SystemExit(128 + stopped[0])
+    if program.returncode:
+        raise SystemExit(program.returncode if program.returncode > 0 else 128 - program.returncode)
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
 """The scripts: what generating costs, one table of runs, and the demo, each in a tiny form."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUN, run_config, save_run
+from conftest import RUN, run_config, save_run, start_program
 
 import generate
 import train
+from configs.load import from_command_line
 from configs.run_dir import RunDir
 from model import cost
 from model.errors import UserError
@@ -185,9 +187,19 @@ def test_a_variant_that_fails_ends_the_demo_with_its_code(monkeypatch, tmp_path)
     assert end.value.code == 2
 
 
-def test_the_real_variants_can_be_built():
-    from configs.load import from_command_line
+def test_a_stopped_demo_stops_what_it_runs_and_waits_until_that_has_saved(tmp_path):
+    saved = tmp_path / "saved"
+    save = f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), open({str(saved)!r}, 'w'), exit(143)))"
+    program = f"import signal, time; {save}; open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(60)"
+    demo_of = f"from scripts import demo; demo._python('-c', {program!r})"
+    started = start_program("-c", demo_of)
+    while not (tmp_path / "ready").exists() and started.poll() is None:
+        time.sleep(0.01)
+    started.terminate()
+    assert (started.wait(60), saved.exists()) == (143, True), started.communicate()
 
+
+def test_the_real_variants_can_be_built():
     for arguments in demo.VARIANTS.values():
         config = from_command_line([demo.CONFIG, *arguments], prog="train.py", description="")
         assert len(config.model.layers) == config.model.n_layer
