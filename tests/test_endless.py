@@ -134,13 +134,13 @@ def resident_after(counts: list[int], model) -> list[int]:
 
 def test_process_memory_does_not_grow_with_the_text():
     after_1k, after_3k = resident_after([1000, 3000], sliding(n_sink=1).float())
-    assert abs(after_3k - after_1k) < 0.01 * after_1k
+    assert after_3k - after_1k < 0.01 * after_1k  # a machine short of memory may take some back
 
 
 @pytest.mark.slow
 def test_process_memory_after_100_000_tokens_is_that_after_a_thousand():
     after_1k, after_100k = resident_after([1000, 100_000], sliding(n_sink=1).float())
-    assert abs(after_100k - after_1k) < 0.01 * after_1k
+    assert after_100k - after_1k < 0.01 * after_1k
 
 
 @pytest.mark.slow

@@ -62,9 +62,9 @@ def test_text_that_tiktoken_cannot_take_is_encoded(text):
 
 
 def test_learning_from_a_page_of_blanks_does_not_take_forever():
-    start = time.monotonic()
+    start = time.process_time()  # a busy machine costs other time
     assert make_tokenizer("bpe-300", lambda: iter([" " * 200_000 + "x"])).n_vocab <= 300
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_learned_bpe_encodes_as_the_library_that_learned_it():
