@@ -36,6 +36,15 @@ def exit_with_one_line(main: Callable[[], T]) -> T:
     raise SystemExit(2)
 
 
+def at_least(options: object, **least: int) -> None:
+    """UserError for the first of these options whose number, or one of several, is below its least."""
+    for name, lowest in least.items():
+        value = getattr(options, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and number < lowest:
+                raise UserError(f"--{name.replace('_', '-')} ({number}) must be at least {lowest}")
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """A list that Ctrl-C and SIGTERM fill instead of breaking into a step; a second Ctrl-C stops at once.

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from configs.load import build, load
-from configs.program import exit_with_one_line
+from configs.program import at_least, exit_with_one_line
 from model import cost
 from model.config import ModelConfig
 from model.errors import UserError
@@ -182,8 +182,7 @@ def one_shape(options: Options) -> str:
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m scripts.kv_memory", description=__doc__)
-    if options.context is not None and options.context < 1:
-        raise UserError(f"--context ({options.context}) must be at least 1")
+    at_least(options, context=1)
     print(presets(options) if options.presets else one_shape(options))
 
 

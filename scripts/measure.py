@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from configs.program import exit_with_one_line
+from configs.program import at_least, exit_with_one_line
 from configs.run_dir import RunDir
 from model.checkpoint import write_json
 from model.device import resolve
-from model.errors import UserError
 from model.memory import measure_peak
 from model.sampling import Sampler, prefill, stream
 
@@ -36,10 +35,7 @@ class Options:
 
 def measure(options: Options) -> dict[str, Any]:
     """Tokens per second of prefill and decode at batch 1, bytes of the cache, and the peak memory of generating."""
-    for name in ("new_tokens", "rounds"):
-        least = 2 if name == "new_tokens" else 1
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be at least {least}")
+    at_least(options, new_tokens=2, rounds=1)
     runtime = resolve(options.device)
     run = RunDir.of(options.run)
     model, tokenizer = run.load(run.path)

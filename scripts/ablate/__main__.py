@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 from filelock import FileLock
 
-from configs.program import exit_with_one_line
+from configs.program import at_least, exit_with_one_line
 from configs.run_dir import RunDir
 from data.prepare import prepare
 from model.checkpoint import write_json
@@ -49,8 +49,7 @@ def ablate(options: Options) -> int:
     out = options.out or Path("runs/ablations") / options.study.stem
     every = cells(study, options.study, out)
     part = of_shard(every, options.shard)
-    if options.jobs < 1:
-        raise UserError(f"--jobs ({options.jobs}) must be at least 1")
+    at_least(options, jobs=1)
     if options.dry_run:
         print(plan(part))
         return 0

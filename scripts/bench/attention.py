@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from configs.program import at_least
 from model.attend import attend, kernel_name, prepare
 from model.device import DType, Runtime, resolve
+from model.errors import UserError
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 from model.step import Step
@@ -52,6 +54,9 @@ class Options:
 
 def attention(options: Options) -> None:
     """Time windowed attention against full causal attention, forward and backward."""
+    at_least(options, lengths=2, window=1, batch_size=1, n_head=1, head_dim=1, n_kv_head=1, n_sink=0, rounds=1)
+    if options.n_head % options.n_kv_head:
+        raise UserError(f"--n-head ({options.n_head}) must be divisible by --n-kv-head ({options.n_kv_head})")
     runtime = resolve(options.device, options.dtype)
     rows = [row for T in options.lengths for row in measure(options, T, runtime)]
     print(f"B{options.batch_size} H{options.n_head} D{options.head_dim} W{options.window}, {runtime.why}")

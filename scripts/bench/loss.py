@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from configs.program import at_least
 from model.device import DType, resolve
 from model.loss import cross_entropy
 from model.memory import measure_peak
@@ -39,6 +40,7 @@ class Options:
 
 def loss(options: Options) -> None:
     """Time the loss without the logits against plain cross-entropy and torch's linear_cross_entropy."""
+    at_least(options, batch_size=1, block_size=1, n_embd=1, vocab_size=1, rounds=1)
     runtime = resolve(options.device, options.dtype)
     n, C, V = options.batch_size * options.block_size, options.n_embd, options.vocab_size
     x = torch.randn(n, C, device=runtime.device, requires_grad=True)

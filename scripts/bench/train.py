@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.load import load
+from configs.program import at_least
 from model import cost
 from model.config import ModelConfig
 from model.device import DType, Runtime, Switch, compile_blocks, matmul_rate, resolve
@@ -71,6 +72,7 @@ class Candidate:
 
 def train(options: Options) -> None:
     """Time training steps."""
+    at_least(options, batch_size=1, rounds=1)
     runtime = resolve(options.device, options.dtype, options.compile)
     given = {key: getattr(options, key) for key in ("block_size", "pattern", "window")}
     overrides: dict[str, Any] = {"model": {key: value for key, value in given.items() if value is not None}}

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from configs.program import at_least
 from model.device import DType
 from model.errors import UserError
 
@@ -57,10 +58,7 @@ class Options:
 
 def check(options: Options) -> None:
     """UserError for a value out of its range, or one that nothing asked for needs."""
-    for name in ("attention_to_first", "context", "stride", "tokens", "window", "length", "samples"):
-        value = getattr(options, name)
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+    at_least(options, attention_to_first=1, context=1, stride=1, tokens=1, window=1, length=1, samples=1)
     if not options.n_sink or min(options.n_sink) < 0 or len(set(options.n_sink)) < len(options.n_sink):
         raise UserError(f"--n-sink ({' '.join(map(str, options.n_sink))}) must be numbers from 0 on, each once")
     if options.n_sink != (0,) and options.window is None:
