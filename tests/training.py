@@ -7,6 +7,7 @@ from conftest import run_config
 
 import train
 from configs.run_dir import RunDir
+from configs.schema import RunConfig
 
 
 def losses(run: RunDir) -> list[float]:
@@ -26,3 +27,15 @@ def trained(tmp_path, text):
         return RunDir(train.run(run_config(tmp_path / "runs", text, name, **changes)).path)
 
     return start
+
+
+@pytest.fixture
+def config(tmp_path, text) -> RunConfig:
+    return run_config(tmp_path / "runs", text, "mine")
+
+
+@pytest.fixture
+def begun(config) -> RunDir:
+    run = RunDir(config.path)
+    run.begin(config, {"data": "da7a", "commit": "c0ffee"})
+    return run
