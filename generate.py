@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from configs.generation import Options, read_prompts
-from configs.program import exit_with_one_line, stop_signals
+from configs.program import exit_with_one_line, out_of_memory, stop_signals
 from configs.run_dir import RunDir
 from data.tokenizer import Tokenizer
 from data.transcript import Transcript
@@ -49,7 +49,7 @@ def generate(options: Options) -> int:
     try:
         return run(model, tokenizer, sampler, options, runtime)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU says it
+        if not out_of_memory(error):
             raise
         fewer = "--max-length" if options.interactive else "--max-new-tokens, --num-samples or prompts"
         raise UserError(

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from model.errors import UserError
 from model.parallel import rank
 
@@ -30,10 +32,19 @@ def exit_with_one_line(main: Callable[[], T]) -> T:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"{name}: {error.strerror}{where}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"{name}: there is not enough memory: {str(error).partition(chr(10))[0]}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     raise SystemExit(2)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that memory was wanting, as a device, a CPU or Python says it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def at_least(options: object, **least: int) -> None:
