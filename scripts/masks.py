@@ -53,6 +53,8 @@ def masks(options: Options) -> None:
         raise UserError("give a config or --run, one of them: see --help")
     if not 2 <= options.tokens <= 2048:
         raise UserError(f"--tokens ({options.tokens}) must be from 2 to 2048")
+    if options.to.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--to ({options.to}) must end in .png, .svg or .pdf")
     if options.run is None:
         T, paid = options.tokens, {}
         layers = load(options.config).model.layers

@@ -12,6 +12,7 @@ import tyro
 from configs.load import with_options
 from configs.program import exit_with_one_line
 from configs.schema import RunConfig
+from data.tokenizer import check_name
 from model import cost
 from model.config import ModelConfig, describe_layers
 from model.device import resolve
@@ -26,7 +27,7 @@ def with_known_vocabulary(config: RunConfig) -> RunConfig:
     """The config with a vocab_size, which its tokenizer's name tells, or the user."""
     if config.model.vocab_size is not None:
         return config
-    name = config.data.tokenizer
+    check_name(name := config.data.tokenizer)
     learned = re.fullmatch(r"bpe-(\d+)", name)
     size = int(learned[1]) if learned else VOCABULARIES.get(name)
     if size is None:

@@ -8,6 +8,7 @@ from model.estimate import train_peak
 from model.gpt import GPT
 from model.memory import measure_peak, training_tensors
 from model.optim import make_optimizers
+from scripts import memory
 
 SHAPES = {
     "activations rule": {"n_embd": 96, "block_size": 192, "n_layer": 3, "pattern": "2:1", "window": 20, "n_sink": 2},
@@ -73,3 +74,15 @@ def test_recomputation_keeps_the_gradients_and_little_else():
     model.recompute = True
     for again, once in zip(torch.autograd.grad(model(idx, idx), model.parameters()), plain, strict=True):
         torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        ("bpe-0", "tokenizer bpe-0: the size must be at least 257"),
+        ("gpt3", "did you mean gpt2?"),
+        ("char", "depends on"),
+    ],
+)
+def test_a_tokenizer_whose_size_cannot_be_told_is_refused(program, tokenizer, said):
+    program(memory.main, "configs/demo.toml", "--data.tokenizer", tokenizer).assert_refused(said)

@@ -66,6 +66,9 @@ def test_what_a_run_pays_is_drawn_too(design, tmp_path, program):
 def test_what_cannot_be_drawn_is_one_line(tmp_path, program):
     program(masks.main).assert_refused("give a config or --run, one of them")
     program(masks.main, "configs/demo.toml", "--tokens", 1).assert_refused("--tokens (1) must be from 2 to 2048")
+    program(masks.main, "configs/demo.toml", "--to", "a.bmp").assert_refused(
+        "--to (a.bmp) must end in .png, .svg or .pdf"
+    )
     program(masks.main, "--run", tmp_path).assert_refused("is no run")
     save_run(tmp_path / "run")
     program(masks.main, "--run", tmp_path / "run", "--text", "a").assert_refused("--text has 1 tokens")
