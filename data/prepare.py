@@ -241,7 +241,8 @@ def _size(source: Text, state: _State, name: str) -> int | None:
 
 
 def _bar(what: str, total: int | None, progress: bool) -> tqdm:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not progress, leave=False)
+    disable = None if progress else True  # None: where there is a terminal
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=disable, leave=False)
 
 
 def _split_meta(path: Path, done: _Done) -> SplitMeta:

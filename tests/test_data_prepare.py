@@ -357,3 +357,10 @@ def test_dtype_in_meta_is_what_the_files_hold(tmp_path, lines):
     prepared = quietly(lines, "byte", tmp_path)
     raw = np.fromfile(prepared.directory / "val.bin", dtype="<u2")
     assert (prepared.split("val").read(3, 9) == raw[3:12]).all()
+
+
+def test_where_there_is_no_terminal_no_bar_is_drawn(tmp_path, capsys):
+    prepare(write(tmp_path / "a.txt", PROSE), "bpe-300", root=tmp_path / "root")
+    ended = capsys.readouterr()
+    assert ended.err == ""
+    assert str(tmp_path / "root") in ended.out
