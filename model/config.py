@@ -242,6 +242,22 @@ class ModelConfig(Section):
         changes = {"window_everywhere": window, "n_sink": n_sink, "rope_in_cache": rope_in_cache}
         return type(self)(**(self.model_dump() | changes))
 
+    def stretched(self, scaling: Scaling, factor: float) -> Self | None:
+        """The same weights where rotations over all tokens reach further than block_size; None where nothing does.
+
+        Layers with a window stay: none of their distances is beyond it. Those that are stretched already do too.
+        """
+        free = {
+            kind
+            for kind, spec in zip(self.kinds, self.layers, strict=True)
+            if isinstance(spec, AttentionSpec) and spec.rope and spec.window is None and spec.rope.scaling == "none"
+        }
+        if not free:
+            return None
+        own = lambda key, new: {kind: new if kind in free else self.of_kind(key, kind) for kind in set(self.kinds)}
+        changes = {"rope_scaling": own("rope_scaling", scaling), "rope_factor": own("rope_factor", factor)}
+        return type(self)(**(self.model_dump() | changes | {"rope_trained": self.rope_trained or self.block_size}))
+
     def notes(self) -> Iterator[str]:
         """What is allowed and probably not meant, one line each."""
         parts = [part for spec in self.layers for part in getattr(spec, "parts", (spec,))]

@@ -204,6 +204,49 @@ def test_what_no_context_is_long_enough_for_is_absent(copy):
     assert json.loads((copy / "loss_by_position.json").read_text())["position"] == [1, 2, 3, 4, 5]
 
 
+# Contexts longer than those of training.
+
+
+def test_contexts_are_doubled_and_rope_over_all_tokens_is_stretched_with_them(copy, capsys):
+    found = figures(copy, extrapolate=70, plot=True)
+    as_trained = [figures(copy, context=n)[f"perplexity[context={n}]"] for n in (32, 64)]
+    assert [found[f"perplexity[context={n}]"] for n in (32, 64)] == as_trained
+    assert found["perplexity"] == figures(copy)["perplexity"]
+    model, ids = loaded(copy)  # a layer with a window of 5, then a full one
+    for scaling in ("linear", "yarn"):
+        table = {"swa": "none", "full": scaling}
+        changes = {"rope_scaling": table, "rope_factor": {"swa": 1.0, "full": 4.0}, "rope_trained": 16}
+        stretched = GPT(type(model.config)(**model.config.model_dump() | changes))
+        stretched.load_state_dict(model.state_dict())
+        losses = [nats(stretched, ids, t - t % 64, t) for t in range(200)]
+        name = f"perplexity[context=64,rope={scaling}]"
+        assert found[name] == pytest.approx(math.exp(sum(losses) / 200), rel=1e-5)
+    assert len(found) == 3 + 2 * 2
+    curve = json.loads((copy / "perplexity_by_context.json").read_text())
+    assert (curve["context"], curve["block_size"]) == ([16, 32, 64], 16)
+    assert curve["perplexity"]["as trained"] == [found["perplexity"], *as_trained]
+    assert curve["perplexity"]["yarn"][0] is None
+    assert (copy / "perplexity_by_context.png").read_bytes().startswith(PNG)
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("design", "n", "said"),
+    [
+        ({"position": "learned"}, 1, "the learned positions of this model end at 16, and so do these contexts"),
+        ({"position": "alibi"}, 3, "no layer has plain RoPE over all tokens: there is nothing to stretch"),
+        ({"pattern": "swa", "window": 4}, 3, "no layer has plain RoPE over all tokens"),
+        ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 4}, 3, "no layer has plain RoPE over all tokens"),
+    ],
+    ids=str,
+)
+def test_what_cannot_go_on_or_be_stretched_is_said(tmp_path, text, capsys, design, n, said):
+    save_run(tmp_path / "run", **design)
+    options = {"text": str(text), "tokens": 150, "device": "cpu", "dtype": "float32"}
+    assert len(figures(tmp_path / "run", extrapolate=64, **options)) == n
+    assert said in capsys.readouterr().out
+
+
 # Streams.
 
 
@@ -445,6 +488,8 @@ def test_the_table_has_the_four_digits_that_training_prints(program, copy):
         (["--attention-to-first", 0], "--attention-to-first (0) must be at least 1"),
         (["--attention-to-first", 16], "--attention-to-first (16) must be below the context (16)"),
         (["--attention-to-first", 1, "--context", 9999], "less than a context (9999)"),
+        (["--extrapolate", 16], "--extrapolate (16) must be more than the context of training (16)"),
+        (["--extrapolate", 64, "--stride", 4], "--extrapolate takes contexts of its own: leave out --context and"),
         (["--stride", 17], "--stride (17) is more than the context (16)"),
         (["--window", 4], "--window (4) means something with --stream only"),
         (["--length", 4], "--length (4) means something with --stream only"),

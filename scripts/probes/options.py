@@ -20,6 +20,9 @@ class Options:
     """Loss by position in the context, into loss_by_position.json."""
     stream: bool = False
     """Perplexity of one long stream through the rolling cache, against recomputation, into loss_in_stream.json."""
+    extrapolate: int | None = None
+    """Perplexity at block_size, twice that, and so on up to this context, into perplexity_by_context.json; networks
+    with RoPE over all tokens also with it stretched: linear, yarn."""
     recall: bool = False
     """How often values are recalled, by distance, into recall_by_distance.json: for runs on data.text = recall."""
     attention_to_first: int | None = None
@@ -57,7 +60,7 @@ class Options:
 
 def check(options: Options) -> None:
     """UserError for a value out of its range, or one that nothing asked for needs."""
-    for name in ("attention_to_first", "context", "stride", "tokens", "window", "length", "samples"):
+    for name in ("attention_to_first", "extrapolate", "context", "stride", "tokens", "window", "length", "samples"):
         value = getattr(options, name)
         if isinstance(value, int) and value < 1:
             raise UserError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
