@@ -150,11 +150,13 @@ class Tokenizer:
 
 
 def make_tokenizer(name: str, corpus: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
-    """Make a tokenizer by name; `char` and `bpe-N` learn it from the corpus.
+    """Make a tokenizer by name, or load that of a run by its path; `char` and `bpe-N` are learned from the corpus.
 
     `bpe-N` has N ids, end-of-text included. A corpus too small for so many gives fewer, and the name tells how many.
     """
     check_name(name)
+    if file := saved_file(name):
+        return Tokenizer.load(file)
     if name in _TIKTOKEN_URLS:
         return Tokenizer(_from_tiktoken(name))
     if name == "byte":
@@ -172,8 +174,20 @@ def make_tokenizer(name: str, corpus: Callable[[], Iterator[str]] | None = None)
     return _make(f"bpe-{len(ranks) + 1}", PATTERN, ranks)
 
 
+def saved_file(name: str) -> Path | None:
+    """Where a tokenizer lies whose name is a path, of a run's directory or of a file; None for all other names."""
+    if "/" not in name and os.sep not in name and not name.endswith(".json"):
+        return None
+    path = Path(name)
+    return path if path.suffix == ".json" else path / "tokenizer.json"
+
+
 def check_name(name: str) -> None:
     """Raise a UserError unless `make_tokenizer` knows the name."""
+    if file := saved_file(name):
+        if not file.is_file():
+            raise UserError(f"tokenizer {name}: there is no {file}; a run's directory has one")
+        return
     known = ("byte", "char", *_TIKTOKEN_URLS, "bpe-4096")
     size = re.fullmatch(r"bpe-(\d+)", name)
     if size and int(size[1]) < 257:

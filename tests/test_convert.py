@@ -9,6 +9,7 @@ from conftest import assert_equal, logits_in_chunks, random_tokens, save_run, ti
 from safetensors.torch import load_file, save_file
 
 import generate
+import train
 from configs.run_dir import RunDir
 from data.exchange import write_tokenizer_json
 from data.tokenizer import Tokenizer, make_tokenizer
@@ -161,6 +162,22 @@ def test_imported_run_generates(exported, name, tmp_path, program):
     ended = program(generate.main, tmp_path / "back", "--prompt", "abc", "--max-new-tokens", 30, "--check")
     assert ended.code == 0, ended.err
     assert ended.out.startswith("abc")
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("name", ["Llama", "OLMo 3", "GPT-2"])
+def test_imported_run_is_trained_on(exported, name, tmp_path, program, text):
+    ours, path = exported
+    program(convert.main, "import", path, "--to", tmp_path / "back")
+    line = ("--data.text", text, "--data.dir", tmp_path / "data", "--out-dir", tmp_path, "--name", "tuned")
+    numbers = ("--train.max-steps", 1, "--optim.muon-lr", 1e-12, "--optim.adamw-lr", 1e-12, "--device", "cpu")
+    ended = program(train.main, tmp_path / "back" / "tune.toml", *line, *numbers, "--dtype", "float32")
+    assert ended.code == 0, ended.err
+    tuned, tokenizer = RunDir.of(tmp_path / "tuned").load(tmp_path / "tuned")
+    assert tuned.config == RunDir.of(tmp_path / "back").config().model
+    assert tokenizer.digest == Tokenizer.load(tmp_path / "back" / "tokenizer.json").digest
+    for key, tensor in ours.state_dict().items():
+        assert_equal(tuned.state_dict()[key], tensor, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["Llama"])
