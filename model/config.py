@@ -89,7 +89,8 @@ class ModelConfig(Section):
         1.0, description="part of each head that RoPE rotates, its first dimensions; or a table by kind of layer"
     )
     rope_scaling: Scaling | dict[str, Scaling] = Field(
-        "none", description="how RoPE is stretched beyond its training: linear, yarn; or a table by kind of layer"
+        "none",
+        description="how RoPE is stretched beyond its training: linear, yarn, llama3; or a table by kind of layer",
     )
     rope_factor: float | dict[str, float] = Field(
         1.0, description="how many times longer rope_scaling makes the context; or a table by kind of layer"
@@ -97,7 +98,7 @@ class ModelConfig(Section):
     rope_in_cache: bool = Field(
         False, description="sliding layers rotate keys by place in the cache, as StreamingLLM does, not by position"
     )
-    rope_trained: int | None = Field(None, ge=1, description="context in tokens that yarn stretches")
+    rope_trained: int | None = Field(None, ge=1, description="context in tokens that yarn and llama3 stretch")
     rope_whole_ramp: bool = Field(False, description="yarn begins and ends at whole dimensions, as transformers has it")
 
     qk_norm: bool = Field(True, description="RMSNorm on queries and keys")

@@ -26,6 +26,7 @@ MIXED = {"pattern": "2:1", "window": W, "n_layer": 4}
 DESIGNS = {
     "Llama": LIKE_LLAMA,
     "Llama tied, biases, yarn": LIKE_LLAMA | YARN | {"tie_embeddings": True, "bias": True},
+    "Llama 3.1": LIKE_LLAMA | {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_trained": 64},
     "Mistral": LIKE_LLAMA | {"pattern": "swa", "window": W},
     "Qwen3": LIKE_LLAMA | {"qk_norm": True, "attn_bias": "all"},
     "Qwen3 mixed, linear scaling": MIXED | {"rope_scaling": "linear", "rope_factor": 2.0},
@@ -304,7 +305,11 @@ def broken(path: Path, how: str) -> None:
         case "unknown activation":
             config.write_text(json.dumps(values | {"hidden_act": "relu"}))
         case "unknown rope_type":
-            config.write_text(json.dumps(values | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}))
+            config.write_text(json.dumps(values | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}))
+        case "other numbers of llama3":
+            rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "high_freq_factor": 8.0}
+            rope["original_max_position_embeddings"] = 64
+            config.write_text(json.dumps(values | {"rope_parameters": rope}))
         case "numbers that do not fit":
             config.write_text(json.dumps(values | {"num_key_value_heads": 4}))
         case "another shape":
@@ -347,7 +352,8 @@ def broken(path: Path, how: str) -> None:
         ("no hidden_size", ["config.json does not say hidden_size"]),
         ("unknown architecture", ["model_type (mamba) is not known; known are llama, mistral, qwen3"]),
         ("unknown activation", ["hidden_act (relu) is no activation that Sash knows for Llama"]),
-        ("unknown rope_type", ["rope_type (llama3) is not known; known are default, linear, yarn"]),
+        ("unknown rope_type", ["rope_type (longrope) is not known; known are default, linear, yarn, llama3"]),
+        ("other numbers of llama3", ["high_freq_factor (8.0) of the rotation is nothing that Sash has"]),
         ("numbers that do not fit", ["config.json: ", "n_head (6) must be divisible by n_kv_head (4)"]),
         (
             "another shape",
