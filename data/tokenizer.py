@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tiktoken
@@ -21,6 +23,7 @@ from data.text import encodable
 from model.errors import UserError
 
 EOT = "<|endoftext|>"
+NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 TIKTOKEN_CACHE = Path(__file__).parent / "cache" / "tiktoken"
 
 _TIKTOKEN_URLS = {
@@ -40,6 +43,7 @@ class Tokenizer:
     """Text to ids and back; `encode` takes the end-of-text token's spelling for ordinary text."""
 
     encoding: tiktoken.Encoding
+    normal_form: NormalForm | None = None  # of Unicode, in which text is cut: NFC for Qwen; none: as it is
 
     @property
     def name(self) -> str:
@@ -64,6 +68,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Encode ordinary text; a character that the vocabulary cannot write is a UserError."""
         text = encodable(text)
+        if self.normal_form is not None:
+            text = unicodedata.normalize(self.normal_form, text)
         self._check_writable(text)
         if len(text) < 100_000:
             return self.encoding.encode_ordinary(text)
@@ -110,7 +116,7 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer that Sash saved; prepare the text again")
         try:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
-            tokenizer = _make(saved["name"], saved["pattern"], ranks, saved["special_tokens"])
+            tokenizer = _make(saved["name"], saved["pattern"], ranks, saved["special_tokens"], saved.get("normal_form"))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error!r}); copy it again, or prepare the text again") from None
         if tokenizer.digest != saved.get("digest"):
@@ -126,7 +132,13 @@ class Tokenizer:
     def _content(self) -> dict[str, object]:
         tokens = [base64.b64encode(token).decode() for token in sorted(self._ranks, key=self._ranks.__getitem__)]
         special = self.encoding._special_tokens
-        return {"format": _FORMAT, "pattern": self.encoding._pat_str, "special_tokens": special, "tokens": tokens}
+        content: dict[str, object] = {
+            "format": _FORMAT,
+            "pattern": self.encoding._pat_str,
+            "special_tokens": special,
+            "tokens": tokens,
+        }
+        return content if self.normal_form is None else content | {"normal_form": self.normal_form}
 
     @cached_property
     def _unused(self) -> frozenset[int]:
@@ -198,9 +210,16 @@ def check_name(name: str) -> None:
         raise UserError(f"tokenizer {name!r} is none of {', '.join(known)} (or another bpe-N); {advice}")
 
 
-def _make(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None) -> Tokenizer:
+def _make(
+    name: str,
+    pattern: str,
+    ranks: dict[bytes, int],
+    special: dict[str, int] | None = None,
+    normal_form: NormalForm | None = None,
+) -> Tokenizer:
     special = special or {EOT: len(ranks)}
-    return Tokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(encoding, normal_form)
 
 
 def _from_tiktoken(name: str) -> tiktoken.Encoding:
