@@ -84,7 +84,7 @@ def plot_context(c: Collected) -> Figure | None:
         points = {int(match[1]): column for column, match in columns.items() if match[2] == stretch}
         points = {trained[variant]: "perplexity" if "perplexity" in c.evaluations else "val_perplexity"} | points
         own = c.results[c.results["variant"] == variant]
-        seeds = pd.DataFrame({n: own[column] for n, column in sorted(points.items())}).dropna(axis=1)
+        seeds = pd.DataFrame({n: own[column] for n, column in sorted(points.items())}).dropna(axis=1, how="all")
         if stretch is not None and seeds.shape[1] < 2:
             continue
         dashes = {"ls": LINES[list(stretches).index(stretch) % len(LINES)]}
