@@ -140,7 +140,7 @@ def start_from(path: Path, model: GPT, tokenizer: Tokenizer) -> None:
     if theirs.digest != tokenizer.digest:
         raise UserError(
             f"init_from ({path}) knows the {theirs.n_vocab} tokens of {theirs.name}, and this text is cut into others, "
-            f"the {tokenizer.n_vocab} of {tokenizer.name}: give its data.tokenizer, and where that is learned its text"
+            f"the {tokenizer.n_vocab} of {tokenizer.name}: take its own, --data.tokenizer {run_dir.path}"
         )
     chosen = run_dir.checkpoint() if path == run_dir.path else checkpoint.read(path)
     try:

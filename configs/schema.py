@@ -22,7 +22,9 @@ class DataConfig(Section):
         description="a named text (pydocs, shakespeare, recall, wikitext103, tinystories, fineweb-edu) or a path",
     )
     tokenizer: str = Field(
-        "bpe-4096", description="byte, char, gpt2, cl100k_base, o200k_base, or bpe-N learned from the text"
+        "bpe-4096",
+        description="byte, char, gpt2, cl100k_base, o200k_base, bpe-N learned from the text, or a run's by its path: "
+        "runs/imported",
     )
     dir: Path = Field(Path("data/prepared"), description="where prepared tokens are kept")
 

@@ -4,21 +4,22 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tiktoken
 
 from data.bpe import byte_of_letter
-from data.tokenizer import EOT, Tokenizer
+from data.tokenizer import EOT, NormalForm, Tokenizer
 from model.errors import UserError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+NORMAL_FORMS = get_args(NormalForm)
 
 
 def write_tokenizer_json(tokenizer: Tokenizer, path: Path) -> None:
     """The same tokens from tokenizer.json; there the end-of-text token's spelling stands for the token."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     encoding = tokenizer.encoding
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
@@ -32,6 +33,8 @@ def write_tokenizer_json(tokenizer: Tokenizer, path: Path) -> None:
     words = pre_tokenizers.Split(tokenizers.Regex(_for_oniguruma(encoding._pat_str)), behavior="isolated")
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    if tokenizer.normal_form is not None:
+        made.normalizer = getattr(normalizers, tokenizer.normal_form)()
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
     made.save(str(path))
@@ -51,6 +54,9 @@ def read_tokenizer_json(path: Path, *, name: str, end: str | None) -> Tokenizer:
         raise UserError(
             f"{path} is no byte-level BPE (its model is {model.get('type')}), the only kind that Sash reads"
         )
+    normal_form = (content.get("normalizer") or {}).get("type")
+    if normal_form not in (None, *NORMAL_FORMS):
+        raise UserError(f"{path}: its normalizer ({normal_form}) is none that Sash has: {', '.join(NORMAL_FORMS)}")
     special = {token["content"]: token["id"] for token in added}
     if end is None or end not in special:
         raise UserError(f"{path}: eos_token ({end}) is none of its added tokens ({', '.join(special)})")
@@ -66,7 +72,8 @@ def read_tokenizer_json(path: Path, *, name: str, end: str | None) -> Tokenizer:
     if sorted(ranks.values()) != list(range(len(ranks))) or not _ordered(model["merges"], model["vocab"]):
         raise UserError(f"{path}: the ids of its tokens are not in the order of its merges, which Sash needs")
     special = {EOT if token == end else token: id for token, id in special.items()}
-    return Tokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(encoding, normal_form)
 
 
 def _merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:

@@ -24,7 +24,7 @@ from data.catalog import open_text
 from data.prepared import META, SPLITS, TOKENIZER, Meta, Prepared, SplitMeta, meta_json, open_prepared
 from data.storage import write_atomically
 from data.text import Piece, Text
-from data.tokenizer import Tokenizer, check_name, make_tokenizer
+from data.tokenizer import Tokenizer, check_name, make_tokenizer, saved_file
 from model.errors import UserError
 
 __all__ = ["Meta", "Prepared", "SplitMeta", "open_prepared", "prepare"]
@@ -55,14 +55,23 @@ def prepare(text: str, tokenizer: str, *, root: Path = Path("data/prepared"), pr
 
 def folder_name(source: Text, tokenizer: str) -> str:
     """Name the folder after text and tokenizer, with a hash of all that the tokens depend on."""
-    key = hashlib.sha256("\n".join([_VERSION, source.name, source.identity, tokenizer]).encode()).hexdigest()[:8]
-    readable = re.sub(r"[^\w.-]+", "-", source.name)[:60]
-    return f"{readable}-{tokenizer}-{key}"
+    saved = _saved(tokenizer)
+    identity, name = (saved.digest, saved.name) if saved else (tokenizer, tokenizer)
+    key = hashlib.sha256("\n".join([_VERSION, source.name, source.identity, identity]).encode()).hexdigest()[:8]
+    readable = [re.sub(r"[^\w.-]+", "-", part)[:60] for part in (source.name, name)]
+    return "-".join([*readable, key])
+
+
+def _saved(tokenizer: str) -> Tokenizer | None:
+    """The tokenizer that is given by its path."""
+    file = saved_file(tokenizer)
+    return None if file is None else Tokenizer.load(file)
 
 
 def _open_folder(folder: Path, tokenizer: str) -> Prepared:
-    prepared = open_prepared(folder)
-    if tokenizer not in (prepared.meta.tokenizer, prepared.tokenizer.name):
+    prepared, saved = open_prepared(folder), _saved(tokenizer)
+    same = saved.digest == prepared.tokenizer.digest if saved else False
+    if not same and tokenizer not in (prepared.meta.tokenizer, prepared.tokenizer.name):
         raise UserError(
             f"{folder}: prepared with tokenizer {prepared.meta.tokenizer}, not {tokenizer}; ask for that one"
         )
@@ -124,7 +133,7 @@ def _fill(partial: Path, state: _State, source: Text, tokenizer_name: str, progr
     meta = Meta(
         text=source.name,
         origin=source.origin,
-        tokenizer=tokenizer_name,
+        tokenizer=tokenizer.name if saved_file(tokenizer_name) else tokenizer_name,
         tokenizer_digest=tokenizer.digest,
         n_vocab=tokenizer.n_vocab,
         dtype=dtype.str,

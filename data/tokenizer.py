@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tiktoken
@@ -21,6 +23,7 @@ from data.text import encodable
 from model.errors import UserError
 
 EOT = "<|endoftext|>"
+NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 TIKTOKEN_CACHE = Path(__file__).parent / "cache" / "tiktoken"
 
 _TIKTOKEN_URLS = {
@@ -40,6 +43,7 @@ class Tokenizer:
     """Text to ids and back; `encode` takes the end-of-text token's spelling for ordinary text."""
 
     encoding: tiktoken.Encoding
+    normal_form: NormalForm | None = None  # of Unicode, in which text is cut: NFC for Qwen; none: as it is
 
     @property
     def name(self) -> str:
@@ -64,6 +68,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Encode ordinary text; a character that the vocabulary cannot write is a UserError."""
         text = encodable(text)
+        if self.normal_form is not None:
+            text = unicodedata.normalize(self.normal_form, text)
         self._check_writable(text)
         if len(text) < 100_000:
             return self.encoding.encode_ordinary(text)
@@ -110,7 +116,7 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer that Sash saved; prepare the text again")
         try:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
-            tokenizer = _make(saved["name"], saved["pattern"], ranks, saved["special_tokens"])
+            tokenizer = _make(saved["name"], saved["pattern"], ranks, saved["special_tokens"], saved.get("normal_form"))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error!r}); copy it again, or prepare the text again") from None
         if tokenizer.digest != saved.get("digest"):
@@ -126,7 +132,13 @@ class Tokenizer:
     def _content(self) -> dict[str, object]:
         tokens = [base64.b64encode(token).decode() for token in sorted(self._ranks, key=self._ranks.__getitem__)]
         special = self.encoding._special_tokens
-        return {"format": _FORMAT, "pattern": self.encoding._pat_str, "special_tokens": special, "tokens": tokens}
+        content: dict[str, object] = {
+            "format": _FORMAT,
+            "pattern": self.encoding._pat_str,
+            "special_tokens": special,
+            "tokens": tokens,
+        }
+        return content if self.normal_form is None else content | {"normal_form": self.normal_form}
 
     @cached_property
     def _unused(self) -> frozenset[int]:
@@ -150,11 +162,13 @@ class Tokenizer:
 
 
 def make_tokenizer(name: str, corpus: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
-    """Make a tokenizer by name; `char` and `bpe-N` learn it from the corpus.
+    """Make a tokenizer by name, or load that of a run by its path; `char` and `bpe-N` are learned from the corpus.
 
     `bpe-N` has N ids, end-of-text included. A corpus too small for so many gives fewer, and the name tells how many.
     """
     check_name(name)
+    if file := saved_file(name):
+        return Tokenizer.load(file)
     if name in _TIKTOKEN_URLS:
         return Tokenizer(_from_tiktoken(name))
     if name == "byte":
@@ -172,8 +186,20 @@ def make_tokenizer(name: str, corpus: Callable[[], Iterator[str]] | None = None)
     return _make(f"bpe-{len(ranks) + 1}", PATTERN, ranks)
 
 
+def saved_file(name: str) -> Path | None:
+    """Where a tokenizer lies whose name is a path, of a run's directory or of a file; None for all other names."""
+    if "/" not in name and os.sep not in name and not name.endswith(".json"):
+        return None
+    path = Path(name)
+    return path if path.suffix == ".json" else path / "tokenizer.json"
+
+
 def check_name(name: str) -> None:
     """Raise a UserError unless `make_tokenizer` knows the name."""
+    if file := saved_file(name):
+        if not file.is_file():
+            raise UserError(f"tokenizer {name}: there is no {file}; a run's directory has one")
+        return
     known = ("byte", "char", *_TIKTOKEN_URLS, "bpe-4096")
     size = re.fullmatch(r"bpe-(\d+)", name)
     if size and int(size[1]) < 257:
@@ -184,9 +210,16 @@ def check_name(name: str) -> None:
         raise UserError(f"tokenizer {name!r} is none of {', '.join(known)} (or another bpe-N); {advice}")
 
 
-def _make(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None) -> Tokenizer:
+def _make(
+    name: str,
+    pattern: str,
+    ranks: dict[bytes, int],
+    special: dict[str, int] | None = None,
+    normal_form: NormalForm | None = None,
+) -> Tokenizer:
     special = special or {EOT: len(ranks)}
-    return Tokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(encoding, normal_form)
 
 
 def _from_tiktoken(name: str) -> tiktoken.Encoding:

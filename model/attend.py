@@ -90,20 +90,21 @@ def attend(
     *,
     sink_logit: Tensor | None = None,
     contiguous: bool = False,
+    context: Tensor | None = None,
     shared: dict | None = None,
 ) -> Tensor:
     """(B, H, Tq, D) queries at q_pos over (B, K, Tk, D) keys and values at k_pos, (B or 1, T) each -> (B, H, Tq, D).
 
     sink_logit (H,) is the learned sink, where spec has one.
     contiguous: queries and keys are one run of positions from 0, so that kernels which know no positions may serve.
-    `shared` is the step's, where `prepare` left what they need.
+    `context` and `shared` are the step's, where `prepare` left what they need.
     """
     T = q.shape[2]
     match kernel_name(spec, T, q.device, q.dtype, contiguous=contiguous):
         case "masked":
-            return _masked(q, k, v, q_pos, k_pos, spec)
+            return _masked(q, k, v, q_pos, k_pos, spec, context)
         case "masked-scores":
-            return _masked_scores(q, k, v, q_pos, k_pos, spec, sink_logit)
+            return _masked_scores(q, k, v, q_pos, k_pos, spec, sink_logit, context)
         case "tiles":
             window = T if spec.window is None else min(spec.window, T)
             block, slopes = block_size(window, q.dtype), _slopes(spec, q)
@@ -127,16 +128,19 @@ def _mask_key(spec: AttentionSpec) -> tuple:
     return "block_mask", spec.window, spec.n_sink
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec) -> Tensor:
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec, context: Tensor | None
+) -> Tensor:
     """Any positions, a tile of queries at a time; the query heads of a KV head become rows of one head, uncopied."""
     B, H, Tq, D = q.shape
     K, Tk = k.shape[1:3]
     q = q.view(B, K, H // K, Tq, D)
-    tile = max(1, MASK_ELEMENTS // (Tk * (H // K) * len(q_pos)))
+    rows = max(len(q_pos), 1 if context is None else len(context))
+    tile = max(1, MASK_ELEMENTS // (Tk * (H // K) * rows))
     out = []
     for start in range(0, Tq, tile):
         q_tile = q[:, :, :, start : start + tile]  # (B, K, H / K, tile, D)
-        mask = visible(q_pos[:, start : start + tile], k_pos, spec)  # (B, 1, tile, Tk)
+        mask = visible(q_pos[:, start : start + tile], k_pos, spec, context)  # (B, 1, tile, Tk)
         mask = mask.repeat(1, 1, H // K, 1)  # (B, 1, H / K * tile, Tk)
         y = F.scaled_dot_product_attention(q_tile.flatten(2, 3), k, v, attn_mask=mask, scale=spec.scale)
         out.append(y.view(B, K, H // K, -1, D))
@@ -144,14 +148,21 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, spec:
 
 
 def _masked_scores(
-    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec, sink_logit: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None,
+    context: Tensor | None,
 ) -> Tensor:
     B, H, _, D = q.shape
     tile = max(1, MASK_ELEMENTS // (B * H * k.shape[2]))
     slopes = _slopes(spec, q)
     out = []
     for q_tile, pos in zip(q.split(tile, dim=2), q_pos.split(tile, dim=1), strict=True):
-        mask = visible(pos, k_pos, spec)  # (B or 1, H or 1, tile, Tk)
+        mask = visible(pos, k_pos, spec, context)  # (B or 1, H or 1, tile, Tk)
         distance = (pos[:, :, None] - k_pos[:, None])[:, None]  # (B or 1, 1, tile, Tk)
         y = masked_scores(
             *(q_tile, k, v, distance, mask),

@@ -154,6 +154,7 @@ class Cache:
         self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) tokens seen, advanced in place
         self.length = 0  # the largest of them at most, known without reading the device
         self.ragged = False  # rows may have come to different positions
+        self.context: Tensor | None = None  # (B or 1,) what a pass said of it, for those after it
 
     @property
     def nbytes(self) -> int:
@@ -174,11 +175,13 @@ class Cache:
     def reset(self) -> None:
         """Forget everything, keep the memory."""
         self.pos.zero_()
-        self.length, self.ragged = 0, False
+        self.length, self.ragged, self.context = 0, False, None
 
     def fork(self, n: int) -> "Cache":
         """A copy with every row n times, for several continuations of one prompt."""
         forked = Cache((layer.fork(n) for layer in self.layers), 0, self.pos.device)
         forked.pos = self.pos.repeat_interleave(n)
         forked.length, forked.ragged = self.length, self.ragged
+        if self.context is not None:
+            forked.context = self.context.expand(len(self.pos)).repeat_interleave(n, dim=0)
         return forked

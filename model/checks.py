@@ -80,8 +80,8 @@ def check_rope(config: ModelConfig, kind: str) -> None:
             f"rope_factor ({factor}) and rope_scaling ({scaling}) of {kind} layers: "
             "give both, with a factor above 1, or neither"
         )
-    if scaling == "yarn" and (config.rope_trained is None or config.of_kind("rope_base", kind) <= 1):
+    if scaling in ("yarn", "llama3") and (config.rope_trained is None or config.of_kind("rope_base", kind) <= 1):
         raise ValueError(
-            f"rope_scaling (yarn) needs rope_trained ({config.rope_trained}), the context that it stretches, "
+            f"rope_scaling ({scaling}) needs rope_trained ({config.rope_trained}), the context that it stretches, "
             f"and a rope_base ({config.rope_base}) above 1"
         )

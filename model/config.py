@@ -89,7 +89,8 @@ class ModelConfig(Section):
         1.0, description="part of each head that RoPE rotates, its first dimensions; or a table by kind of layer"
     )
     rope_scaling: Scaling | dict[str, Scaling] = Field(
-        "none", description="how RoPE is stretched beyond its training: linear, yarn; or a table by kind of layer"
+        "none",
+        description="how RoPE is stretched beyond its training: linear, yarn, llama3; or a table by kind of layer",
     )
     rope_factor: float | dict[str, float] = Field(
         1.0, description="how many times longer rope_scaling makes the context; or a table by kind of layer"
@@ -97,7 +98,7 @@ class ModelConfig(Section):
     rope_in_cache: bool = Field(
         False, description="sliding layers rotate keys by place in the cache, as StreamingLLM does, not by position"
     )
-    rope_trained: int | None = Field(None, ge=1, description="context in tokens that yarn stretches")
+    rope_trained: int | None = Field(None, ge=1, description="context in tokens that yarn and llama3 stretch")
     rope_whole_ramp: bool = Field(False, description="yarn begins and ends at whole dimensions, as transformers has it")
 
     qk_norm: bool = Field(True, description="RMSNorm on queries and keys")
@@ -241,6 +242,22 @@ class ModelConfig(Section):
         """The same weights with every layer sliding, whatever it was trained as. Raises as building does."""
         changes = {"window_everywhere": window, "n_sink": n_sink, "rope_in_cache": rope_in_cache}
         return type(self)(**(self.model_dump() | changes))
+
+    def stretched(self, scaling: Scaling, factor: float) -> Self | None:
+        """The same weights where rotations over all tokens reach further than block_size; None where nothing does.
+
+        Layers with a window stay: none of their distances is beyond it. Those that are stretched already do too.
+        """
+        free = {
+            kind
+            for kind, spec in zip(self.kinds, self.layers, strict=True)
+            if isinstance(spec, AttentionSpec) and spec.rope and spec.window is None and spec.rope.scaling == "none"
+        }
+        if not free:
+            return None
+        own = lambda key, new: {kind: new if kind in free else self.of_kind(key, kind) for kind in set(self.kinds)}
+        changes = {"rope_scaling": own("rope_scaling", scaling), "rope_factor": own("rope_factor", factor)}
+        return type(self)(**(self.model_dump() | changes | {"rope_trained": self.rope_trained or self.block_size}))
 
     def notes(self) -> Iterator[str]:
         """What is allowed and probably not meant, one line each."""

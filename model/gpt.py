@@ -76,6 +76,7 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         *,
         lengths: Tensor | None = None,
+        context: int | Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
         last_only: bool = False,
     ) -> Tensor:
@@ -83,10 +84,10 @@ class GPT(nn.Module):
 
         Targets of -100 are ignored. `lengths` (B,) counts the real tokens of right-padded rows. `last_only` returns the
         logits after each row's last real token, (B, 1, V). With a cache, idx continues what the cache has seen, and no
-        gradient is kept.
+        gradient is kept. `context`, a number or (B,), is star layers' own for this text, which a cache remembers.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):  # a cache holds values, not graphs
-            step = self._step(idx, cache, lengths)
+            step = self._step(idx, cache, lengths, context)
             x = self.wte(idx)  # (B, T, C)
             if self.config.scale_embeddings:
                 x = x * math.sqrt(x.shape[-1])
@@ -116,14 +117,19 @@ class GPT(nn.Module):
         device = self.lm_head.weight.device
         return ", ".join(dict.fromkeys(f"{s.kind} {s.kernel_name(T, device, dtype)}" for s in self.config.layers))
 
-    def _step(self, idx: Tensor, cache: Cache | None, lengths: Tensor | None) -> Step:
+    def _step(
+        self, idx: Tensor, cache: Cache | None, lengths: Tensor | None, context: int | Tensor | None = None
+    ) -> Step:
         """Where the incoming tokens stand: the only place that counts positions."""
         T = idx.shape[1]
+        before = None if context is None else torch.as_tensor(context, device=idx.device).view(-1)  # (B or 1,)
+        if cache is not None:
+            cache.context = before = cache.context if before is None else before
         added = T if lengths is None else lengths
         self._check_room(added, T, cache)
         pos = torch.arange(T, device=idx.device)[None]  # (1, T)
         if cache is None and lengths is None:
-            return Step(pos=pos, added=T)
+            return Step(pos=pos, added=T, context=before)
         past = idx.new_zeros(1) if cache is None else cache.pos
         uniform = lengths is None and (cache is None or not cache.ragged)
         if uniform:
@@ -139,6 +145,7 @@ class GPT(nn.Module):
             past=None if cache is None else past,
             added=added,
             past_bound=0 if cache is None else cache.length,
+            context=before,
         )
 
     def _check_room(self, added: int | Tensor, T: int, cache: Cache | None) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Scaling = Literal["none", "linear", "yarn"]
+Scaling = Literal["none", "linear", "yarn", "llama3"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,8 @@ class Rope:
 
     base: float
     width: int  # the first dimensions of a head, which are rotated
-    scaling: Scaling = "none"  # linear: positions divided (2306.15595); yarn: slow rotations alone (2309.00071)
+    # linear: positions divided (2306.15595); yarn and llama3: slow rotations alone (2309.00071, 2407.21783)
+    scaling: Scaling = "none"
     factor: float = 1.0
     trained_length: int = 1  # the context before it was stretched
     whole_ramp: bool = False  # YaRN's ramp begins and ends at whole dimensions, as transformers has it
@@ -39,6 +40,9 @@ class Rope:
             low, high = self.ramp
             stretched = ((pair - low) / (high - low)).clamp(0, 1)  # how much of each pair
             return trained * (1 - stretched) + trained / self.factor * stretched
+        if self.scaling == "llama3":  # those that turn 4 times and more in the trained context stay, once and less not
+            kept = ((self.trained_length * trained / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)
+            return trained * kept + trained / self.factor * (1 - kept)
         return trained / self.factor
 
     @property

@@ -34,8 +34,11 @@ class Sparse:
     n_random: int = 0  # global: past blocks that each block of queries sees; two draws may be the same
     seed: int = 0  # of the draws: another in each layer
 
-    def sees(self, q: Tensor, k: Tensor) -> Tensor:
-        """What is visible beside a window, of keys that are not later; any shapes that broadcast."""
+    def sees(self, q: Tensor, k: Tensor, context: Tensor | None = None) -> Tensor:
+        """What is visible beside a window, of keys that are not later; any shapes that broadcast.
+
+        context (B or 1,) stands in the place of the pattern's own, for rows as (B, 1, Tq, Tk) has them.
+        """
         L, same = self.block, q // self.block == k // self.block
         match self.rule:
             case "strided":
@@ -43,7 +46,7 @@ class Sparse:
             case "fixed":
                 return same | (k % L >= L - self.n_summary)
             case "star":
-                return same | (k < L) | (q >= self.context)
+                return same | (k < L) | (q >= (self.context if context is None else context[:, None, None, None]))
         seen = [(k == token) | (q == token) for token in self.tokens]  # for tokens and draws
         q_block, k_block = q // L, k // L
         for n in range(self.n_random):

@@ -6,17 +6,21 @@ Dimensions: N tokens to predict, B contexts, W window.
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.device import Runtime
 from model.gpt import GPT
 
 
 def through_window(model: GPT, window: int, n_sink: int, *, rope_in_cache: bool = False) -> GPT:
     """The same weights decoded through a window: every layer slides with it, whatever it was trained as."""
-    sliding = GPT(model.config.sliding(window, n_sink, rope_in_cache=rope_in_cache)).to(
-        model.lm_head.weight
-    )  # its device and dtype
-    sliding.load_state_dict(model.state_dict())
-    return sliding.train(model.training)
+    return same_weights(model, model.config.sliding(window, n_sink, rope_in_cache=rope_in_cache))
+
+
+def same_weights(model: GPT, config: ModelConfig) -> GPT:
+    """A network of another config, with the weights, device and dtype of this one."""
+    other = GPT(config).to(model.lm_head.weight)
+    other.load_state_dict(model.state_dict())
+    return other.train(model.training)
 
 
 @torch.inference_mode()

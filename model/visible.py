@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from model.mixers.attention import AttentionSpec
 
 
-def visible(q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec) -> Tensor:
-    """(B, Tq) and (B, Tk) positions -> bool (B, 1, Tq, Tk), True where the query sees the key: the only definition."""
+def visible(q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec, context: Tensor | None = None) -> Tensor:
+    """(B, Tq) and (B, Tk) positions -> bool (B, 1, Tq, Tk), True where the query sees the key: the only definition.
+
+    context (B or 1,): the step's, where it has one.
+    """
     q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
     seen = (k >= 0) & sees(q, k, spec.window, spec.n_sink)
     if spec.sparse is not None:
-        further = (k >= 0) & (k <= q) & spec.sparse.sees(q, k)
+        further = (k >= 0) & (k <= q) & spec.sparse.sees(q, k, context)
         seen = further if spec.window is None else further | seen
     return seen | ((q == PADDING) & (k == PADDING))  # a row that sees nothing would be NaN on some devices
 

@@ -10,6 +10,7 @@ import tyro
 
 from configs.program import exit_with_one_line
 from scripts.probes.attention import to_first
+from scripts.probes.extrapolation import extrapolate
 from scripts.probes.options import Options, check
 from scripts.probes.perplexity import perplexity
 from scripts.probes.recall import recall
@@ -23,6 +24,7 @@ def evaluate(options: Options) -> dict[str, float]:
     check(options)
     asked = {
         stream: options.stream,
+        extrapolate: options.extrapolate is not None,
         recall: options.recall,
         to_first: options.attention_to_first is not None,
     }

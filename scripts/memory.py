@@ -12,7 +12,7 @@ import tyro
 from configs.load import with_options
 from configs.program import exit_with_one_line
 from configs.schema import RunConfig
-from data.tokenizer import check_name
+from data.tokenizer import check_name, make_tokenizer, saved_file
 from model import cost
 from model.config import ModelConfig, describe_layers
 from model.device import resolve
@@ -30,6 +30,7 @@ def with_known_vocabulary(config: RunConfig) -> RunConfig:
     check_name(name := config.data.tokenizer)
     learned = re.fullmatch(r"bpe-(\d+)", name)
     size = int(learned[1]) if learned else VOCABULARIES.get(name)
+    size = make_tokenizer(name).n_vocab if saved_file(name) else size
     if size is None:
         raise UserError(f"the size of the tokenizer {name} depends on the text: give --model.vocab_size")
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})

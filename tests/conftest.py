@@ -24,6 +24,7 @@ from configs.schema import RunConfig
 from data.tokenizer import make_tokenizer
 from model.cache import Cache
 from model.config import ModelConfig
+from model.cost import cache_bytes
 from model.gpt import GPT
 from model.memory import PeakMemory
 from model.mixers import MIXERS
@@ -181,6 +182,20 @@ def logits_ragged(
             out[b].append(logits[b, :count])
             done[b] += count
     return out
+
+
+@torch.no_grad()
+def assert_contract(config: ModelConfig, idx: Tensor, sizes: Sequence[int], *, t: int, spare: int = 0) -> None:
+    """A network of the config is causal, decodes in any chunks as it trains, and its cache has the bytes predicted."""
+    model, T, near = tiny_model(config), idx.shape[1], 1e-6 if config.rope_in_cache else 1e-12
+    room = T if config.position == "learned" else T + spare
+    cache, plain = model.new_cache(len(idx), room), model(idx)
+    later = torch.cat((idx[:, :t], (idx[:, t:] + 1) % VOCAB), dim=1)
+    assert_equal(model(later)[:, :t], plain[:, :t], near)
+    assert_equal(model(idx[:, :t]), plain[:, :t], near)
+    assert_equal(logits_in_chunks(model, idx, sizes, cache), plain, near)
+    predicted = cache_bytes(config, room, batch_size=len(idx), dtype=torch.float64)
+    assert predicted == cache.nbytes == sum(x.nbytes for x in tensors_of(cache))
 
 
 # Runs: a network of a millisecond, on a few kB of sentences.

@@ -47,15 +47,7 @@ def sees(q_pos: int, k_pos: int, window: int | None, n_sink: int) -> bool:
     return window is None or k_pos < n_sink or q_pos - k_pos <= window - 1
 
 
-def attend_by_loops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    spec: AttentionSpec,
-    sink_logit: Tensor | None = None,
-) -> Tensor:
+def attend_by_loops(q, k, v, q_pos, k_pos, spec: AttentionSpec, sink_logit: Tensor | None = None) -> Tensor:
     out = torch.empty_like(q)
     for b in range(q.shape[0]):
         queries, keys = (pos[b if len(pos) > 1 else 0].tolist() for pos in (q_pos, k_pos))

@@ -120,7 +120,7 @@ def test_settings_that_do_not_fit_are_refused(overrides, message):
         ("logit_softcap", -30.0, "greater than 0"),
         ("attn_scale", 0.0, "greater than 0"),
         ("rope_trained", 0, "greater than or equal to 1"),
-        ("rope_scaling", "ntk", "'none', 'linear' or 'yarn'"),
+        ("rope_scaling", "ntk", "'none', 'linear', 'yarn' or 'llama3'"),
         ("attn_gate", "token", "'none', 'head' or 'channel'"),
         ("attn_bias", "q", "'qkv' or 'all'"),
         ("norm_place", "both", "'pre', 'post' or 'sandwich'"),

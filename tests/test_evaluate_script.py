@@ -75,6 +75,8 @@ def test_the_table_has_the_four_digits_that_training_prints(program, run_copy):
         (["--attention-to-first", 0], "--attention-to-first (0) must be at least 1"),
         (["--attention-to-first", 16], "--attention-to-first (16) must be below the context (16)"),
         (["--attention-to-first", 1, "--context", 9999], "less than a context (9999)"),
+        (["--extrapolate", 16], "--extrapolate (16) must be more than the context of training (16)"),
+        (["--extrapolate", 64, "--stride", 4], "--extrapolate takes contexts of its own: leave out --context and"),
         (["--stride", 17], "--stride (17) is more than the context (16)"),
         (["--window", 4], "--window (4) means something with --stream only"),
         (["--length", 4], "--length (4) means something with --stream only"),

@@ -1,5 +1,6 @@
 """A run that begins with the weights of another."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from conftest import command_line, run_config
 
 import train
 from configs.run_dir import RunDir
+from data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -68,6 +70,23 @@ def test_other_shapes_are_refused_by_the_first_that_differs(tmp_path, text, firs
 def test_another_vocabulary_is_refused(tmp_path, text, first, program):
     said = "knows the 257 tokens of byte, and this text is cut into others"
     refused(program, tmp_path, text, first.path, f"init_from ({first.path}) {said}", data={"tokenizer": "char"})
+
+
+def test_the_tokenizer_of_a_run_is_given_by_its_path(tmp_path, text, first):
+    other = tmp_path / "other.txt"
+    other.write_text("Something else, in the same tokens.\n" * 30, encoding="utf-8")
+    changes = {"data": {"tokenizer": str(first.path), "dir": str(tmp_path / "data")}, "train": {"max_steps": 1}}
+    config = run_config(tmp_path, other, init_from=str(first.path), **changes)
+    path = train.run(config).path
+    assert Tokenizer.load(path / "tokenizer.json").digest == Tokenizer.load(first.path / "tokenizer.json").digest
+    assert train.run(config).step == 1  # it is finished, and found again
+    (folder,) = (tmp_path / "data").glob("other-byte-*/")
+    assert json.loads((folder / "meta.json").read_text())["tokenizer"] == "byte"
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path, text, first, program):
+    said = f"tokenizer {tmp_path}/none: there is no {tmp_path}/none/tokenizer.json; a run's directory has one"
+    refused(program, tmp_path, text, first.path, said, data={"tokenizer": f"{tmp_path}/none"})
 
 
 def test_what_is_no_run_is_refused(tmp_path, text, program):

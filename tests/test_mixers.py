@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import (
+    assert_contract,
     assert_equal,
     designs,
     logits_in_chunks,
@@ -231,18 +232,8 @@ def test_pads_are_never_stored(config):
 @given(
     design=designs, sizes=st.lists(st.integers(1, 9), max_size=20), spare=st.integers(0, 7), t=st.integers(1, 2 * T - 1)
 )
-@torch.no_grad()
 def test_every_design_is_causal_and_decodes_as_it_trains_in_the_bytes_predicted(design, sizes, spare, t):
-    config = tiny_config(**design)
-    model, idx = tiny_model(config), random_tokens(2, 2 * T)
-    spare = 0 if config.position == "learned" else spare
-    cache, plain = model.new_cache(2, 2 * T + spare), model(idx)
-    later = torch.cat((idx[:, :t], (idx[:, t:] + 1) % 31), dim=1)
-    assert_equal(model(later)[:, :t], plain[:, :t])
-    assert_equal(model(idx[:, :t]), plain[:, :t])
-    assert_equal(logits_in_chunks(model, idx, sizes, cache), plain)
-    predicted = cache_bytes(config, 2 * T + spare, batch_size=2, dtype=torch.float64)
-    assert predicted == cache.nbytes == sum(x.nbytes for x in tensors_of(cache))
+    assert_contract(tiny_config(**design), random_tokens(2, 2 * T), sizes, t=t, spare=spare)
 
 
 @settings(max_examples=100)

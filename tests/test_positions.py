@@ -34,6 +34,18 @@ def test_yarn_equals_the_table_of_transformers(base, factor, trained, whole):
     assert ours.temperature == pytest.approx(temperature)
 
 
+@pytest.mark.parametrize(
+    ("base", "factor", "trained"), [(500_000.0, 8.0, 8192), (500_000.0, 32.0, 8192), (1e4, 2.0, 64)]
+)
+def test_llama3_equals_the_table_of_transformers(base, factor, trained):
+    ours = Rope(base=base, width=64, scaling="llama3", factor=factor, trained_length=trained)
+    numbers = {"rope_theta": base, "factor": factor, "original_max_position_embeddings": trained}
+    theirs, temperature = their_frequencies("llama3", **numbers, low_freq_factor=1.0, high_freq_factor=4.0)
+    assert_equal(ours.frequencies().float(), theirs, 1e-6)
+    assert ours.temperature == temperature == 1.0
+    assert 2 < (ours.frequencies() == frequencies(base=base)).sum() < 32  # some stay, some do not
+
+
 def test_yarn_has_the_ramp_and_temperature_of_gpt_oss():
     rope = Rope(base=150_000.0, width=64, scaling="yarn", factor=32.0, trained_length=4096)
     assert (*rope.ramp, rope.temperature) == pytest.approx((8.093, 17.398, 1.3466), abs=1e-3)

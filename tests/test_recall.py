@@ -1,9 +1,11 @@
 """The recall text: the same everywhere, asked at all distances, and told by nothing but itself."""
 
+import json
 from collections import Counter
 from itertools import islice
 
 import pytest
+from conftest import ROOT
 
 from data import recall
 from data.catalog import open_text
@@ -81,3 +83,12 @@ def test_it_is_a_text_like_others(tmp_path, monkeypatch):
 def test_a_name_that_is_nearly_recall_gets_advice(name):
     with pytest.raises(UserError, match=r"did you mean recall\?"):
         open_text(name)
+
+
+def test_the_task_for_lm_eval_asks_held_out_documents_what_they_have_said():
+    lines = (ROOT / "configs" / "lm_eval" / "recall.jsonl").read_text().splitlines()
+    for line, text in zip(lines, islice(documents("val", length=256), 100), strict=True):
+        found = json.loads(line)
+        assert found["text"] == text
+        assert found["asked"] in [question.at for question in questions(text) if question.key in KEYS]
+        assert text[: found["asked"]].count(text[found["asked"] : found["asked"] + 2]) > 0

@@ -22,11 +22,14 @@ def written(planted_study, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report")
     for entry in json.loads((planted_study / STUDY).read_text())["cells"]:
         stream = {f"stream_perplexity[window=4,n_sink={k},length=99]": 50.0 / (1 + k) for k in (0, 1, 4)}
+        contexts = {f"perplexity[context=32{how}]": 30.0 for how in ("", ",rope=yarn")}
         files = {
             "loss_by_position": {"position": [1.0, 2.5, 6.0], "loss": [5.0, 4.0, 3.5]},
             "recall_by_distance": {"distance": [1, 2, 4, 8], "recall": [1.0, 0.5, None, 0.1], "chance": 0.04},
             "measured": {"decode_tokens_per_s": 100.0 + entry["seed"]},
-            "evaluations": stream | {"recomputed_perplexity[context=4,length=99]": 9.0, "evaluated_step": 10},
+            "evaluations": stream
+            | contexts
+            | {"recomputed_perplexity[context=4,length=99]": 9.0, "evaluated_step": 10},
         }
         for name, content in files.items():
             (planted_study / entry["path"] / f"{name}.json").write_text(json.dumps(content))

@@ -76,6 +76,16 @@ def fail_at(
     patch.setattr(owner, name, wrapped)
 
 
+def cut_short(
+    monkeypatch: pytest.MonkeyPatch, config: RunConfig, owner: object, name: str, call: int, *, after: bool
+) -> None:
+    """Begin a run, or go on with it, and end it as kill -9 would."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, owner, name, call, Killed(), after=after)
+        with pytest.raises(Killed):
+            train.run(config)
+
+
 DROPOUT = {"model": {"dropout": 0.2}, "train": {"log_every": 3}}
 
 
@@ -110,10 +120,7 @@ PLACES = {
 def test_a_run_cut_short_and_repeated_equals_one_that_never_was(tmp_path, text, whole, monkeypatch, place, call):
     config = run_config(tmp_path, text, **DROPOUT)
     owner, name, after = PLACES[place]
-    with monkeypatch.context() as patch:
-        fail_at(patch, owner, name, call, Killed(), after=after)
-        with pytest.raises(Killed):
-            train.run(config)
+    cut_short(monkeypatch, config, owner, name, call, after=after)
     train.run(config)
     assert_same(config.path, whole)
 
@@ -132,10 +139,7 @@ ENDS = {
 def test_a_run_cut_short_at_its_ends_and_repeated_equals_one_that_never_was(tmp_path, text, whole, monkeypatch, place):
     config = run_config(tmp_path, text, **DROPOUT)
     owner, name, after = ENDS[place]
-    with monkeypatch.context() as patch:
-        fail_at(patch, owner, name, 1, Killed(), after=after)
-        with pytest.raises(Killed):
-            train.run(config)
+    cut_short(monkeypatch, config, owner, name, 1, after=after)
     train.run(config)
     assert_same(config.path, whole)
 
@@ -143,10 +147,7 @@ def test_a_run_cut_short_at_its_ends_and_repeated_equals_one_that_never_was(tmp_
 def test_a_run_that_measures_speed_and_memory_resumes_exactly_too(tmp_path, text, monkeypatch):
     config, undisturbed = (run_config(tmp_path, text, name, **DROPOUT) for name in ("run", "undisturbed"))
     train.run(undisturbed)
-    with monkeypatch.context() as patch:
-        fail_at(patch, train.Trainer, "step", 7, Killed(), after=False)
-        with pytest.raises(Killed):
-            train.run(config)
+    cut_short(monkeypatch, config, train.Trainer, "step", 7, after=False)
     train.run(config)
     assert_same(config.path, undisturbed.path)
 
@@ -155,10 +156,7 @@ def test_a_run_that_measures_speed_and_memory_resumes_exactly_too(tmp_path, text
 def test_a_run_cut_short_again_and_again_arrives(tmp_path, text, whole, monkeypatch):
     config = run_config(tmp_path, text, **DROPOUT)
     for call in (6, 3, 5, 2):
-        with monkeypatch.context() as patch:
-            fail_at(patch, train.Trainer, "step", call, Killed(), after=True)
-            with pytest.raises(Killed):
-                train.run(config)
+        cut_short(monkeypatch, config, train.Trainer, "step", call, after=True)
     train.run(config)
     assert_same(config.path, whole)
 
@@ -166,10 +164,7 @@ def test_a_run_cut_short_again_and_again_arrives(tmp_path, text, whole, monkeypa
 @pytest.mark.usefixtures("unmeasured")
 def test_a_run_goes_on_and_says_from_where(tmp_path, text, monkeypatch, capsys):
     config = run_config(tmp_path, text)
-    with monkeypatch.context() as patch:
-        fail_at(patch, train.Trainer, "step", 11, Killed(), after=True)
-        with pytest.raises(Killed):
-            train.run(config)
+    cut_short(monkeypatch, config, train.Trainer, "step", 11, after=True)
     steps: list[int] = []
     step = train.Trainer.step
     monkeypatch.setattr(train.Trainer, "step", lambda self, x: (steps.append(self.progress.step), step(self, x)))
@@ -182,20 +177,14 @@ def test_a_run_goes_on_and_says_from_where(tmp_path, text, monkeypatch, capsys):
 def test_lines_after_the_checkpoint_are_cut_as_the_run_goes_on(tmp_path, text, monkeypatch):
     config = run_config(tmp_path, text)
     for call, lines in ((8, 7), (3, 7)):
-        with monkeypatch.context() as patch:
-            fail_at(patch, train.Trainer, "step", call, Killed(), after=False)
-            with pytest.raises(Killed):
-                train.run(config)
+        cut_short(monkeypatch, config, train.Trainer, "step", call, after=False)
         assert [line["step"] for line in RunDir(config.path).metrics()] == list(range(1, lines + 1))
 
 
 @pytest.mark.usefixtures("unmeasured")
 def test_a_run_may_be_finished_in_fewer_steps_than_it_was_begun_for(tmp_path, text, monkeypatch):
     constant = {"optim": {"schedule": "constant"}, "train": {"max_steps": 12}}
-    with monkeypatch.context() as patch:
-        fail_at(patch, train.Trainer, "step", 11, Killed(), after=True)
-        with pytest.raises(Killed):
-            train.run(run_config(tmp_path, text, **constant))
+    cut_short(monkeypatch, run_config(tmp_path, text, **constant), train.Trainer, "step", 11, after=True)
     result = train.run(run_config(tmp_path, text, optim=constant["optim"], train={"max_steps": 10}))
     assert result.step == result.summary["step"] == 10
 
@@ -203,10 +192,7 @@ def test_a_run_may_be_finished_in_fewer_steps_than_it_was_begun_for(tmp_path, te
 @pytest.mark.usefixtures("unmeasured")
 def test_another_micro_batch_may_go_on_with_a_run(tmp_path, text, monkeypatch):
     config = run_config(tmp_path, text, train={"micro_batch": 6})
-    with monkeypatch.context() as patch:
-        fail_at(patch, train.Trainer, "step", 7, Killed(), after=False)
-        with pytest.raises(Killed):
-            train.run(config)
+    cut_short(monkeypatch, config, train.Trainer, "step", 7, after=False)
     train.run(run_config(tmp_path, text, train={"micro_batch": 2}))
     train.run(run_config(tmp_path, text, "undisturbed", train={"micro_batch": 6}))
     one, other = ([x["train_loss"] for x in RunDir(tmp_path / n).metrics()] for n in ("run", "undisturbed"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_equal, logits_in_chunks, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, cut, logits_in_chunks, random_tokens, tiny_config, tiny_model
 
 from model.attend import kernel_name
 from model.cost import cache_bytes, train_flops
@@ -108,6 +108,29 @@ def test_star_is_what_its_two_phases_compute():
         other[:, L:start] = (other[:, L:start] + 1) % 31
         stop = min(start + L, context)
         assert_equal(model(other)[:, start:stop], one_pass[:, start:stop])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[29], [1] * 29, [13, 1, 9]], ids=["one shot", "ones", "chunks"])
+def test_each_text_has_a_context_of_its_own_which_its_cache_remembers(sizes):
+    model = tiny_model(tiny_config(**DESIGNS["star"] | {"star_context": 5, "attn_softcap": 2.0}))
+    idx, context = random_tokens(2, T), torch.tensor([9, 17])
+    expected = torch.cat(
+        [
+            tiny_model(tiny_config(**DESIGNS["star"] | {"star_context": n, "attn_softcap": 2.0}))(row[None])
+            for n, row in zip((9, 17), idx, strict=True)
+        ]
+    )
+    assert_equal(model(idx, context=context), expected)
+    assert_equal(model(idx[1:], context=17), expected[1:])
+    cache = model.new_cache(2, T)
+    first, *rest = idx.split(cut(sizes, T), dim=1)
+    logits = [model(first, cache=cache, context=context), *(model(part, cache=cache) for part in rest)]
+    assert_equal(torch.cat(logits, dim=1), expected)
+    tail = cache.fork(2)
+    assert tail.context.tolist() == [9, 9, 17, 17]
+    cache.reset()
+    assert_equal(logits_in_chunks(model, idx, sizes, cache), model(idx))  # 5, as the config says
 
 
 @each_design

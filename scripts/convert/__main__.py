@@ -4,6 +4,7 @@ An exported directory loads with AutoModelForCausalLM and AutoTokenizer, without
 to vLLM and GGUF. An imported one is a run, which generate.py takes.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from scripts.convert import directory
 from scripts.convert.families import of_type
 from scripts.convert.fit import fitting
 from scripts.convert.tensors import to_ours, to_theirs
+
+TUNE = "tune.toml"  # in an imported run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,23 @@ def import_(options: Import) -> None:
         for name in ("latest", "best"):
             checkpoint.point(run.checkpoints, name, saved)
         tokenizer.save(path / "tokenizer.json")
+        (path / TUNE).write_text(to_tune(config, options.to), encoding="utf-8")
     print(f"{options.to}: {family.architecture}, go on with python generate.py {options.to}")
+
+
+def to_tune(config: RunConfig, run: Path) -> str:
+    """A config, as TOML, of a run that begins with the weights, the shape and the tokenizer of this one."""
+
+    def say(x: object) -> str:
+        if isinstance(x, dict):
+            return "{" + ", ".join(f"{key} = {say(value)}" for key, value in x.items()) + "}"
+        return json.dumps("none" if x is None else x)
+
+    sections = config.model_dump(include={"model", "train"}, exclude_unset=True) | {"data": {"tokenizer": str(run)}}
+    lines = [f"# Goes on from an import: python train.py {run / TUNE} --data.text TEXT", f"init_from = {say(str(run))}"]
+    for name, values in sections.items():
+        lines += ["", f"[{name}]", *(f"{key} = {say(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

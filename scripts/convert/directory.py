@@ -39,8 +39,9 @@ def new_directory(path: Path) -> Iterator[Path]:
 def write(path: Path, *, config: Values, tensors: dict[str, Tensor], tokenizer: Tokenizer, max_length: int) -> None:
     """All that AutoModelForCausalLM and AutoTokenizer need, into an empty directory."""
     special = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": None}
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     _write_json(path / "config.json", config | special)
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    (path / WEIGHTS).chmod((path / "config.json").stat().st_mode)  # safetensors makes it its owner's alone
     _write_json(path / "generation_config.json", special)
     write_tokenizer_json(tokenizer, path / "tokenizer.json")
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}

@@ -25,8 +25,8 @@ class Family:
     architecture: str
     model_type: str
     activation_key: str = "hidden_act"
-    windows: str = "none"  # sliding layers: none, all of them, or by layer
-    biases: tuple[str, ...] = ()  # of attention_bias and mlp_bias, those it knows
+    windows: str = "by layer"  # sliding layers: none, all of them, or by layer
+    biases: tuple[str, ...] = ("attention_bias",)  # of attention_bias and mlp_bias, those it knows
     own_head_dim: bool = True  # head_dim may be another than hidden_size / heads
     rope_by_kind: bool = False  # each kind of layer has its own rotation
     scaled: bool = False  # it says query_pre_attn_scalar
@@ -151,22 +151,24 @@ class Family:
 
 GEMMA = {"norm": "rmsnorm+1", "norm_place": "sandwich", "mlp": "geglu", "scale_embeddings": True}
 FAMILIES = (
-    Family(name="Llama", architecture="LlamaForCausalLM", model_type="llama", biases=("attention_bias", "mlp_bias")),
-    Family(name="Mistral", architecture="MistralForCausalLM", model_type="mistral", windows="all"),
+    Family(
+        name="Llama",
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        windows="none",
+        biases=("attention_bias", "mlp_bias"),
+    ),
+    Family(name="Mistral", architecture="MistralForCausalLM", model_type="mistral", windows="all", biases=()),
     Family(
         name="Qwen3",
         architecture="Qwen3ForCausalLM",
         model_type="qwen3",
-        windows="by layer",
-        biases=("attention_bias",),
         fixed={"qk_norm": True},
     ),
     Family(
         name="OLMo 3",
         architecture="Olmo3ForCausalLM",
         model_type="olmo3",
-        windows="by layer",
-        biases=("attention_bias",),
         own_head_dim=False,
         rope_by_kind=True,
         fixed={"qk_norm": True, "qk_norm_over": "projection", "norm_place": "post"},
@@ -176,8 +178,6 @@ FAMILIES = (
         architecture="Gemma2ForCausalLM",
         model_type="gemma2",
         activation_key="hidden_activation",
-        windows="by layer",
-        biases=("attention_bias",),
         scaled=True,
         softcaps={"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
         fixed=GEMMA,
@@ -187,8 +187,6 @@ FAMILIES = (
         architecture="Gemma3ForCausalLM",
         model_type="gemma3_text",
         activation_key="hidden_activation",
-        windows="by layer",
-        biases=("attention_bias",),
         rope_by_kind=True,
         scaled=True,
         softcaps={"logit_softcap": "final_logit_softcapping"},

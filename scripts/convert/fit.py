@@ -45,15 +45,15 @@ def _traits(config: ModelConfig) -> Values:
 
 def _layer_traits(config: ModelConfig, spec: AttentionSpec) -> Values:
     rope = spec.rope
-    stretched = rope is not None and rope.scaling == "yarn"
+    from_trained = rope is not None and rope.scaling in ("yarn", "llama3")
     return {
         "position": "rope" if rope else "alibi" if spec.alibi else config.position == "learned",
         "rope_base": rope and rope.base,
         "rope_fraction": rope and rope.width,
         "rope_scaling": rope and rope.scaling,
         "rope_factor": rope and rope.factor,
-        "rope_trained": rope and stretched and rope.trained_length,
-        "rope_whole_ramp": rope and stretched and rope.whole_ramp,
+        "rope_trained": rope and from_trained and rope.trained_length,
+        "rope_whole_ramp": rope and rope.scaling == "yarn" and rope.whole_ramp,
         "pattern": spec.kind,
         "window": spec.window,
         "global_tokens": spec.sparse and spec.sparse.tokens,

@@ -6,6 +6,7 @@ from model.errors import UserError
 from model.positions import Rope
 
 Values = dict[str, Any]
+LLAMA3: Values = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all its models
 
 
 def need(values: Values, key: str) -> Any:
@@ -29,6 +30,8 @@ def their_rope(rope: Rope | None) -> Values:
             "beta_slow": 1.0,
             "truncate": rope.whole_ramp,
         }
+    if rope.scaling == "llama3":
+        values |= LLAMA3 | {"original_max_position_embeddings": rope.trained_length}
     return values
 
 
@@ -48,8 +51,12 @@ def our_rope(values: Values) -> Values:
             ours |= {"rope_whole_ramp": values.get("truncate", True)}
             temperature = Rope(base=2.0, width=2, scaling="yarn", factor=factor).temperature
             usual |= {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": temperature, "mscale": None}
+        case "llama3":
+            factor, trained = float(need(values, "factor")), need(values, "original_max_position_embeddings")
+            ours |= {"rope_scaling": "llama3", "rope_factor": factor, "rope_trained": trained}
+            usual |= LLAMA3
         case _:
-            raise UserError(f"rope_type ({kind}) is not known; known are default, linear, yarn")
+            raise UserError(f"rope_type ({kind}) is not known; known are default, linear, yarn, llama3")
     for key, value in usual.items():
         given = values.get(key)
         if given is not None and (value is None or abs(given - value) > 1e-6):

@@ -21,6 +21,9 @@ class Options:
     """Loss by position in the context, into loss_by_position.json."""
     stream: bool = False
     """Perplexity of one long stream through the rolling cache, against recomputation, into loss_in_stream.json."""
+    extrapolate: int | None = None
+    """Perplexity at block_size, twice that, and so on up to this context, into perplexity_by_context.json; networks
+    with RoPE over all tokens also with it stretched: linear, yarn."""
     recall: bool = False
     """How often values are recalled, by distance, into recall_by_distance.json: for runs on data.text = recall."""
     attention_to_first: int | None = None
@@ -58,7 +61,7 @@ class Options:
 
 def check(options: Options) -> None:
     """UserError for a value out of its range, or one that nothing asked for needs."""
-    at_least(options, attention_to_first=1, context=1, stride=1, tokens=1, window=1, length=1, samples=1)
+    at_least(options, attention_to_first=1, extrapolate=1, context=1, stride=1, tokens=1, window=1, length=1, samples=1)
     if not options.n_sink or min(options.n_sink) < 0 or len(set(options.n_sink)) < len(options.n_sink):
         raise UserError(f"--n-sink ({' '.join(map(str, options.n_sink))}) must be numbers from 0 on, each once")
     if options.n_sink != (0,) and options.window is None:

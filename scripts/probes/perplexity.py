@@ -1,45 +1,40 @@
 """Loss, perplexity and bits per byte of a stream of tokens; and loss by position in the context."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from data.loader import eval_batches, stream_hash
 from model.errors import UserError
-from model.evaluate import LossByPosition, evaluate
+from model.evaluate import Evaluation, LossByPosition, evaluate
+from model.gpt import GPT
 from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
 from scripts.report import new_figure
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One pass over the stream of tokens."""
+
+    result: Evaluation
+    by_position: LossByPosition
+    digest: str  # of the stream
+    conditions: dict[str, object]  # where they are not those of training
+
+
 def perplexity(subject: Subject, options: Options) -> Found:
     """Every target once, after a context of context - stride tokens and more, but for the first."""
-    block_size, eval_tokens = subject.config.model.block_size, subject.config.train.eval_tokens
-    context = options.context or block_size
+    context = options.context or subject.config.model.block_size
     stride = options.stride or context
     if stride > context:
         raise UserError(f"--stride ({stride}) is more than the context ({context}): tokens between would be left out")
     subject.check_context(context)
-    asked = eval_tokens if options.tokens is None else options.tokens
-    max_tokens = None if asked == "all" else asked
-    tokens = subject.tokens(options.text, max_tokens)
-    rows = subject.batch_rows(context)
-    batches = eval_batches(tokens, block_size=context, batch_size=rows, max_tokens=max_tokens, stride=stride)
-    by_position = LossByPosition(context)
-    shown = tqdm(batches, desc="perplexity", unit="batch", leave=False, disable=None)
-    token_bytes = subject.tokenizer.token_bytes()
-    result = evaluate(subject.model, shown, token_bytes, subject.runtime, observe=by_position.add)
-    digest = stream_hash(tokens, context, max_tokens, stride=stride)
-
-    conditions = {
-        "context": context if context != block_size else None,
-        "stride": stride if stride != context else None,
-        "tokens": result.n_tokens if max_tokens != eval_tokens else None,
-        "text": options.text and f"{tokens.name}-{digest[:8]}",
-        "dtype": options.dtype,
-    }
+    reading = read(subject, options, context=context, stride=stride)
+    result, by_position = reading.result, reading.by_position
     values = {key: getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte")}
     lines = [("loss", f"{result.loss:.4f}"), ("perplexity", f"{result.perplexity:.4f}")]
     lines.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
@@ -49,11 +44,36 @@ def perplexity(subject: Subject, options: Options) -> Found:
             values["loss_last_quarter"] = last
             lines.append(("loss in the last quarter of the context", f"{last:.4f}"))
         positions, losses = by_position.curve()
-        content = {"position": positions, "loss": losses, "context": context, "stride": stride, "stream_hash": digest}
-        curve = Curve(name="loss_by_position", content=content, draw=_draw)
-    how = f"{result.n_tokens:,} tokens, context {context}, stride {stride}, stream {digest}"
-    figures = {column(key, **conditions): value for key, value in values.items()}
+        content = {"position": positions, "loss": losses, "context": context, "stride": stride}
+        curve = Curve(name="loss_by_position", content=content | {"stream_hash": reading.digest}, draw=_draw)
+    how = f"{result.n_tokens:,} tokens, context {context}, stride {stride}, stream {reading.digest}"
+    figures = {column(key, **reading.conditions): value for key, value in values.items()}
     return Found(figures=figures, text=f"{options.text or 'validation'}: {how}\n{table(lines)}", curve=curve)
+
+
+def read(
+    subject: Subject, options: Options, *, context: int, stride: int | None = None, model: GPT | None = None
+) -> Reading:
+    """Evaluate the network, or another one, in contexts that begin every `stride` tokens; none: they do not overlap."""
+    block_size, eval_tokens = subject.config.model.block_size, subject.config.train.eval_tokens
+    asked = eval_tokens if options.tokens is None else options.tokens
+    max_tokens = None if asked == "all" else asked
+    tokens = subject.tokens(options.text, max_tokens)
+    rows = subject.batch_rows(context)
+    batches = eval_batches(tokens, block_size=context, batch_size=rows, max_tokens=max_tokens, stride=stride)
+    by_position = LossByPosition(context)
+    shown = tqdm(batches, desc="perplexity", unit="batch", leave=False, disable=None)
+    token_bytes = subject.tokenizer.token_bytes()
+    result = evaluate(model or subject.model, shown, token_bytes, subject.runtime, observe=by_position.add)
+    digest = stream_hash(tokens, context, max_tokens, stride=stride)
+    conditions: dict[str, object] = {
+        "context": context if context != block_size else None,
+        "stride": stride if stride != context else None,
+        "tokens": result.n_tokens if max_tokens != eval_tokens else None,
+        "text": options.text and f"{tokens.name}-{digest[:8]}",
+        "dtype": options.dtype,
+    }
+    return Reading(result=result, by_position=by_position, digest=digest, conditions=conditions)
 
 
 def _draw(content: dict[str, Any]):

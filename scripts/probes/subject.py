@@ -40,11 +40,17 @@ class Subject:
             return _validation(self.run, self.config)
         return _head(text, self.tokenizer, max_tokens)
 
+    @property
+    def position_limit(self) -> int | None:
+        """Where learned positions end; none: they are not learned, and do not."""
+        return None if self.model.wpe is None else self.model.wpe.num_embeddings
+
     def check_context(self, context: int) -> None:
         """UserError where positions end before such a context does."""
-        if self.model.wpe is not None and context > self.config.model.block_size:
+        limit = self.position_limit
+        if limit is not None and context > limit:
             raise UserError(
-                f"a context of {context} tokens is more than the {self.config.model.block_size} of the learned "
+                f"a context of {context} tokens is more than the {limit} of the learned "
                 "positions of this model (block_size): take a shorter one, or train with position = rope"
             )
 

@@ -1,6 +1,7 @@
 """Plots of what evaluations found in a context, in a stream, at a distance; None where no run was evaluated so."""
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from scripts.report.figure import legend, look, new_figure
 from scripts.report.statistics import of_variant
 
 POSITIONS = "loss_by_position.json"  # in a run's directory: {"position": [...], "loss": [...]}, from 1 on
+LINES = ("-", "--", ":")
 DISTANCES = "recall_by_distance.json"  # likewise: {"distance": [...], "recall": [...], "chance": x}
+CONTEXT = re.compile(r"perplexity\[context=(\d+)(?:,rope=(\w+))?\]")  # columns
 STREAM = re.compile(r"stream_perplexity\[.*n_sink=(\d+).*\]")  # columns
 
 
@@ -65,6 +68,35 @@ def plot_recall(c: Collected) -> Figure | None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 1.02)
+    legend(figure, axes)
+    return figure
+
+
+def plot_context(c: Collected) -> Figure | None:
+    """Perplexity by context, from that of training on; dashed, dotted: with RoPE stretched. The bar spans the seeds."""
+    columns = {column: match for column in c.evaluations if (match := CONTEXT.fullmatch(column))}
+    if not columns:
+        return None
+    figure, (axes,) = new_figure("tokens in a context", ["perplexity"])
+    stretches = dict.fromkeys(match[2] for match in columns.values())
+    trained = {variant: c.of(variant)[0].config().model.block_size for variant in c.variants}
+    for (variant, style), stretch in product(look(c.variants).items(), stretches):
+        points = {int(match[1]): column for column, match in columns.items() if match[2] == stretch}
+        points = {trained[variant]: "perplexity" if "perplexity" in c.evaluations else "val_perplexity"} | points
+        own = c.results[c.results["variant"] == variant]
+        seeds = pd.DataFrame({n: own[column] for n, column in sorted(points.items())}).dropna(axis=1, how="all")
+        if stretch is not None and seeds.shape[1] < 2:
+            continue
+        dashes = {"ls": LINES[list(stretches).index(stretch) % len(LINES)]}
+        label = variant if stretch is None else f"{variant}, stretched: {stretch}"
+        mean = seeds.mean()
+        spread = (mean - seeds.min(), seeds.max() - mean)
+        axes.errorbar(seeds.columns, mean, spread, ms=4, capsize=2, label=label, **style | dashes)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     legend(figure, axes)
     return figure
 

@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter
 
 from model import cost
 from scripts.report.collect import Collected
-from scripts.report.curves import plot_position, plot_position_difference, plot_recall, plot_sinks
+from scripts.report.curves import plot_context, plot_position, plot_position_difference, plot_recall, plot_sinks
 from scripts.report.figure import legend, look, new_figure
 from scripts.report.statistics import Estimate, difference, of_variant
 
@@ -168,6 +168,7 @@ PLOTS: dict[str, tuple[str, Callable[[Collected], Figure | None]]] = {
     "time": ("Validation loss by time: of this machine and its kernels.", plot_time),
     "position": ("Loss by position in the context.", plot_position),
     "position-difference": ("Loss by position, difference from the baseline.", plot_position_difference),
+    "context": ("Perplexity in contexts longer than those of training; broken lines: RoPE stretched.", plot_context),
     "sinks": ("Perplexity of a long stream through a window, by sinks; dashed: recomputed.", plot_sinks),
     "recall": ("Recall by the distance from a key to its value; the band spans the seeds.", plot_recall),
     "cache": ("Bytes of the cache by context: the arithmetic that tests hold equal to allocation.", plot_cache),

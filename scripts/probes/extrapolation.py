@@ -1,0 +1,69 @@
+"""Perplexity of the same tokens read in contexts that are longer than those of training."""
+
+import math
+from typing import Any
+
+from model.errors import UserError
+from model.gpt import GPT
+from model.positions import Scaling
+from model.streaming import same_weights
+from scripts.probes.options import Options
+from scripts.probes.perplexity import read
+from scripts.probes.results import Curve, Found, column, table
+from scripts.probes.subject import Subject
+from scripts.report import new_figure
+
+STRETCHES: tuple[Scaling, ...] = ("linear", "yarn")
+
+
+def extrapolate(subject: Subject, options: Options) -> Found:
+    """Contexts do not overlap. At n times block_size RoPE is stretched n times, without training."""
+    block_size, longest = subject.config.model.block_size, options.extrapolate
+    assert longest is not None, "it is asked for"
+    if options.context or options.stride:
+        raise UserError("--extrapolate takes contexts of its own: leave out --context and --stride")
+    if longest <= block_size:
+        raise UserError(f"--extrapolate ({longest}) must be more than the context of training ({block_size})")
+    contexts = [block_size << n for n in range(math.floor(math.log2(longest / block_size)) + 1)]
+    limit = subject.position_limit
+    shown = [n for n in contexts if limit is None or n <= limit]
+    figures: dict[str, float] = {}
+    lines = [("perplexity at", *(f"{n:,}" for n in contexts))]
+    curves: dict[str, list[float | None]] = {}
+    for rope in (None, *STRETCHES):
+        found: dict[int, float] = {}
+        for n in shown:
+            model = subject.model if rope is None else stretched(subject, rope, n)
+            if model is not None:
+                reading = read(subject, options, context=n, model=model)
+                found[n] = reading.result.perplexity
+                figures[column("perplexity", **reading.conditions, rope=rope)] = found[n]
+        name = rope or "as trained"
+        if found:
+            lines.append((name, *(f"{found[n]:.2f}" if n in found else "-" for n in contexts)))
+            curves[name] = [found.get(n) for n in contexts]
+    head = f"{options.text or 'validation'}, contexts that do not overlap, trained on {block_size}"
+    if limit is not None:
+        head += f"\nnote: the learned positions of this model end at {limit}, and so do these contexts"
+    elif len(curves) == 1:
+        head += "\nnote: no layer has plain RoPE over all tokens: there is nothing to stretch"
+    content = {"context": contexts, "block_size": block_size, "perplexity": curves}
+    curve = Curve(name="perplexity_by_context", content=content, draw=_draw)
+    return Found(figures=figures, text=f"{head}\n{table(lines)}", curve=curve)
+
+
+def stretched(subject: Subject, scaling: Scaling, context: int) -> GPT | None:
+    """The network with its rotations stretched to a context; None where that changes nothing."""
+    factor = context / subject.config.model.block_size
+    config = subject.model.config.stretched(scaling, factor) if factor > 1 else None
+    return None if config is None else same_weights(subject.model, config)
+
+
+def _draw(content: dict[str, Any]):
+    figure, (axes,) = new_figure("tokens in a context", ["perplexity"])
+    for name, curve in content["perplexity"].items():
+        points = [(n, x) for n, x in zip(content["context"], curve, strict=True) if x is not None]
+        axes.loglog(*zip(*points, strict=True), "o-", ms=4, label=name)
+    axes.axvline(content["block_size"], color="grey", lw=0.8, ls=":", label="training context")
+    axes.legend(frameon=False)
+    return figure
