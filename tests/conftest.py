@@ -40,6 +40,7 @@ settings.load_profile("sash")
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG"  # how such a file begins
+PATIENCE_S = 300  # with a process: it ends what hangs, and is far more than a busy machine needs
 VOCAB = 31
 SMALL = {
     "vocab_size": VOCAB,
@@ -371,7 +372,7 @@ def start_program(*arguments: object, **options) -> subprocess.Popen[str]:
 def run_program(*arguments: object, **options) -> Ended:
     """A real process, to its end."""
     process = start_program(*arguments, **options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return Ended(process.returncode, out, err)
 
 

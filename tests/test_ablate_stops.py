@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import run_program, start_program
+from conftest import PATIENCE_S, run_program, start_program
 from studies import MEASURE, ablate, cells_of, results
 
 from configs.program import stop_signals
@@ -31,7 +31,7 @@ def when_at(step: int, run: Path, act: Callable[[], None]) -> threading.Thread:
     """Act as soon as the metrics of a run say this step."""
 
     def watch():
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE_S
         while runner.last_step(run) < step and time.monotonic() < end:
             time.sleep(0.002)
         act()
@@ -75,7 +75,7 @@ def test_a_study_killed_again_and_again_equals_one_that_was_not(write_study, one
     for cell, step in zip(cells_of(file), (30, 60), strict=True):
         started = start_program(*command(file))
         when_at(step, cell.path, started.kill).join()
-        assert started.wait(30) == -signal.SIGKILL
+        assert started.wait(PATIENCE_S) == -signal.SIGKILL
         assert RunDir(cell.path).summary() is None
     finished = [cell.path for cell in cells_of(file) if RunDir(cell.path).summary()]
     before = {path: path.stat().st_mtime_ns for run in finished for path in run.rglob("*.safetensors")}
@@ -94,9 +94,9 @@ def test_a_cell_does_not_outlive_a_killed_runner_and_has_saved(write_study, one_
     started = start_program("-m", "scripts.ablate", file, "--out", file.with_suffix(""))
     children: list[int] = []
     when_at(60, cell.path, lambda: (children.extend(pids_of_cells(started.pid)), started.kill())).join()
-    started.wait(30)
+    started.wait(PATIENCE_S)
     assert len(children) == 1
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE_S
     while Path(f"/proc/{children[0]}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert 60 <= RunDir(cell.path).latest().step == runner.last_step(cell.path) < 4000
@@ -109,7 +109,7 @@ def test_a_stopped_study_of_several_jobs_saves_all_that_run(write_study, one_thr
     first, second, *_ = cells_of(file)
     started = start_program("-m", "scripts.ablate", file, "--out", file.with_suffix(""), "--jobs", 2)
     when_at(30, first.path, lambda: when_at(30, second.path, lambda: started.send_signal(number)).join()).join()
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=PATIENCE_S)
     assert started.returncode == 128 + number
     assert err.endswith("stopped; the same command goes on from there\n")
     for cell in (first, second):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
+from conftest import PATIENCE_S
 
 from data import prepare as preparing
 from data.prepare import Prepared, beyond, open_prepared, prepare, until
@@ -222,7 +223,7 @@ def test_a_killed_process_leaves_nothing_final_and_the_next_one_goes_on_to_the_s
     expected = content(quietly(lines, "byte", tmp_path / "undisturbed").directory)
     root = tmp_path / "killed"
     worker = start_slow_worker(lines, root)
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE_S
     while pieces_done(root) < 10:
         assert worker.poll() is None, worker.stderr.read()
         assert time.monotonic() < end

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Ended, command_line, run_config, start_program
+from conftest import PATIENCE_S, Ended, command_line, run_config, start_program
 
 import train
 from configs.run_dir import RunDir
@@ -50,7 +50,7 @@ def torchrun(out: Path, text: Path, *options: object, **changes) -> Iterator[sub
 
 def wait_for_step(process: subprocess.Popen[str], run: RunDir, step: int) -> None:
     """Until the metrics say it."""
-    metrics, end = run.path / "metrics.jsonl", time.monotonic() + 90
+    metrics, end = run.path / "metrics.jsonl", time.monotonic() + PATIENCE_S
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -62,7 +62,7 @@ def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def end_of(process: subprocess.Popen[str]) -> Ended:
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return Ended(process.returncode, out, err)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, run_program, start_program
+from conftest import CPU, PATIENCE_S, run_program, start_program
 
 import generate
 from configs.run_dir import RunDir
@@ -224,7 +224,7 @@ def test_control_c_ends_a_real_process_with_statistics(runs):
     assert process.stdout is not None
     process.stdout.read(20)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert "decode " in err
     assert "Traceback" not in err
@@ -237,7 +237,7 @@ def test_a_closed_pipe_ends_a_real_process_with_one_line(runs):
     process.stdout.read(20)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=PATIENCE_S) == 141
     assert err.endswith("generate.py: standard output was closed\n")
     assert "decode " in err
     assert "Traceback" not in err

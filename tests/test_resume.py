@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Ended, command_line, run_config, run_program, start_program
+from conftest import PATIENCE_S, Ended, command_line, run_config, run_program, start_program
 
 import train
 from configs import trainer
@@ -324,13 +324,13 @@ def long_whole(tmp_path_factory, text) -> Path:
 def signalled(out: Path, text: Path, number: int, step: int) -> Ended:
     """The process that got a signal as soon as its metrics said this step."""
     process = start_program("train.py", *command_line(out, text, **LONG))
-    metrics, end = out / "run" / "metrics.jsonl", time.monotonic() + 60
+    metrics, end = out / "run" / "metrics.jsonl", time.monotonic() + PATIENCE_S
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.001)
     process.send_signal(number)
-    out_text, err = process.communicate(timeout=60)
+    out_text, err = process.communicate(timeout=PATIENCE_S)
     return Ended(process.returncode, out_text, err)
 
 
