@@ -71,11 +71,11 @@ class KVCache:
 
     def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Store (B, K, T, D) keys and values; return all their queries may see, with (B or 1, keys) positions."""
-        T, held, dtype = k.shape[2], min(self.n_slots, step.past_bound), k.dtype
+        T, held, dtype = k.shape[2], torch.sym_min(self.n_slots, step.past_bound), k.dtype
         k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # as they will be read again
         if not step.padded and (T == 1 or step.past_bound + T <= self.n_slots):
             self._write(k, v, step)  # evicts nothing that these queries see
-            held = min(self.n_slots, step.past_bound + T)
+            held = torch.sym_min(self.n_slots, step.past_bound + T)
             k, v, k_pos = self.k[:, :, :held], self.v[:, :, :held], self._positions(step, after=True)[:, :held]
             return k.to(dtype), v.to(dtype), k_pos
         if held == 0:

@@ -23,6 +23,7 @@ class Step:
     past: Tensor | None = None  # (B or 1,) tokens in the cache before this pass; None: no cache
     added: int | Tensor = 0  # T, or (B,) real tokens of each row
     past_bound: int = 0  # the largest of past at most; equal to it where uniform
+    fused: bool = False  # one token of each row, compiled as one piece: products that are summed up need not exist
     shared: dict[Hashable, object] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -182,6 +182,7 @@ class Attention(nn.Module):
             *(q, k, v, step.pos, k_pos, spec),
             sink_logit=self.sink_logit,
             contiguous=step.contiguous and not spec.rope_in_cache,
+            fused=step.fused,
             shared=step.shared,
         )
         y = y[..., : spec.head_dim].transpose(1, 2)  # (B, T, H, D)
