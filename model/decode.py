@@ -9,6 +9,7 @@ Dimensions: B rows, C n_embd, V vocab_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -18,15 +19,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from model.cost import step_bytes
+from model.device import Runtime, Switch, no_compiling
+from model.errors import UserError
 from model.step import Step
 
 if TYPE_CHECKING:
     from model.cache import LayerState
+    from model.config import ModelConfig
 
 FEW = 4  # rows up to which sums are faster than matrix products
 MOST_COMPILED = 256  # kinds of layers, batches and caches in one process
 
+KIND_S, LAYER_S, BYTE_S = 4.0, 2e-4, 3e-11  # compiling a kind of layer; what it saves a token: by layer, by byte read
+
 Function = TypeVar("Function", bound=Callable)
+
+
+def compiling(asked: Switch, config: ModelConfig, runtime: Runtime, n_steps: int) -> tuple[bool, str]:
+    """Whether to compile for so many steps, and why; `auto` does where that takes less time in all."""
+    obstacle = no_compiling(runtime.device)
+    if asked == "on" and obstacle is not None:
+        raise UserError(f"--compile (on) has nothing to compile with ({obstacle}): take off, or auto")
+    if asked != "auto":
+        return asked == "on", "as asked"
+    if obstacle is not None:
+        return False, obstacle
+    costs = KIND_S * (1 + len(set(config.layers)))
+    saves = LAYER_S * config.n_layer + BYTE_S * step_bytes(config, runtime.dtype)
+    enough = math.ceil(costs / saves)
+    return n_steps >= enough, f"takes about {costs:.0f} s, pays from {enough} tokens on"
 
 
 @cache
@@ -79,9 +101,7 @@ def product(linear: nn.Module, x: Tensor) -> Tensor:
 def _layer(
     block: nn.Module, x: Tensor, pos: Tensor, past: Tensor, length: Tensor, uniform: bool, state: LayerState
 ) -> Tensor:
-    step = Step(
-        pos=pos, contiguous=False, uniform=uniform, past=past, added=1, past_bound=length.shape[0], fused=True
-    )
+    step = Step(pos=pos, contiguous=False, uniform=uniform, past=past, added=1, past_bound=length.shape[0], fused=True)
     return block(x, step, state)
 
 

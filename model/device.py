@@ -15,6 +15,7 @@ from model.errors import UserError
 DType = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 
+COMPILERS = ("g++", "clang++", "c++", "cl")
 COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs about 10 s and saves 2 to 12 %: below this it does not pay
 
 
@@ -94,15 +95,22 @@ def _multiplies_bf16(device: torch.device) -> bool:
 def _compile(device: torch.device, asked: Switch, flops: float) -> tuple[bool, str]:
     if asked != "auto":
         return asked == "on", "as asked"
+    if (obstacle := no_compiling(device)) is not None:
+        return False, obstacle
+    if device.type == "cuda":
+        return True, "pays on cuda"
+    return (True, "a long job") if flops >= COMPILE_FROM_FLOPS else (False, "too short a job to pay for it")
+
+
+def no_compiling(device: torch.device) -> str | None:
+    """Why nothing is compiled here unless it is asked for; None where it can be."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return (True, "pays on cuda") if has_triton() else (False, "no triton here")
+        return None if has_triton() else "no triton here"
     if device.type == "mps":
-        return False, "eager is the safe choice on mps"
-    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        return False, "no C++ compiler here"
-    return (True, "a long job") if flops >= COMPILE_FROM_FLOPS else (False, "too short a job to pay for it")
+        return "eager is the safe choice on mps"
+    return None if any(map(shutil.which, COMPILERS)) else "no C++ compiler here"
 
 
 def compile_blocks(model: nn.Module) -> None:
