@@ -39,9 +39,7 @@ def generate(options: Options) -> int:
     runtime = resolve(options.device, options.dtype, "off")
     model, tokenizer = load(options, runtime)
     n_steps = 0 if options.cache == "none" else options.max_new_tokens
-    model.fused, why = compiling(options.compile, model.config, runtime, n_steps)
-    if model.fused:
-        print(f"compile on ({why})", file=sys.stderr)
+    model.fused = compiling(options.compile, model.config, runtime, n_steps)
     sampler = Sampler(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -91,7 +89,11 @@ def complete(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Option
             f"{P} tokens of prompt and {n_new} new ones are more than the {limit} learned positions of this model "
             f"(block_size): {advice}, or train with position = rope"
         )
-    cache = None if options.cache == "none" else model.new_cache(len(prompts), P + n_new, dtype=cache_dtype(options), rolling=rolling)
+    cache = (
+        None
+        if options.cache == "none"
+        else model.new_cache(len(prompts), P + n_new, dtype=cache_dtype(options), rolling=rolling)
+    )
     meter = Meter(model, cache, runtime, n_samples=options.num_samples, rolling=rolling)
     drawn = LogProbs(tokenizer.n_vocab) if options.json else None
     tokens = stream(

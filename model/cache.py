@@ -87,6 +87,8 @@ class KVCache:
         if not step.padded and (T == 1 or step.past_bound + T <= self.n_slots):
             self._write(new, step)  # evicts nothing that these queries see
             held = torch.sym_min(self.n_slots, step.past_bound + T)
+            if step.fused and self.max_length is None:
+                held = self.n_slots  # one compilation before and after it wraps: what is empty is not seen
             seen = [x[:, :, :held] for x in self.tensors()]
             return *self._unpacked(seen, dtype), self._positions(step, held, after=True)
         if held == 0:

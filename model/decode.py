@@ -9,7 +9,6 @@ Dimensions: B rows, C n_embd, V vocab_size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -36,19 +35,18 @@ KIND_S, LAYER_S, BYTE_S = 4.0, 2e-4, 3e-11  # compiling a kind of layer; what it
 Function = TypeVar("Function", bound=Callable)
 
 
-def compiling(asked: Switch, config: ModelConfig, runtime: Runtime, n_steps: int) -> tuple[bool, str]:
-    """Whether to compile for so many steps, and why; `auto` does where that takes less time in all."""
+def compiling(asked: Switch, config: ModelConfig, runtime: Runtime, n_steps: int) -> bool:
+    """Whether to compile for so many steps; `auto` does where that takes less time in all."""
     obstacle = no_compiling(runtime.device)
     if asked == "on" and obstacle is not None:
         raise UserError(f"--compile (on) has nothing to compile with ({obstacle}): take off, or auto")
     if asked != "auto":
-        return asked == "on", "as asked"
+        return asked == "on"
     if obstacle is not None:
-        return False, obstacle
+        return False
     costs = KIND_S * (1 + len(set(config.layers)))
     saves = LAYER_S * config.n_layer + BYTE_S * step_bytes(config, runtime.dtype)
-    enough = math.ceil(costs / saves)
-    return n_steps >= enough, f"takes about {costs:.0f} s, pays from {enough} tokens on"
+    return n_steps * saves > costs
 
 
 @cache
@@ -89,7 +87,7 @@ def layer(block: nn.Module, x: Tensor, step: Step, state: LayerState) -> Tensor:
     """block(x, step, state) for one token of each row, compiled: (B, 1, C) -> (B, 1, C)."""
     assert step.past is not None
     length = torch.empty(1).expand(step.past_bound)  # a number that may change without compiling again
-    torch._dynamo.mark_dynamic(length, 0)
+    torch._dynamo.maybe_mark_dynamic(length, 0)
     return compiled(_layer)(block, x, step.pos, step.past, length, step.uniform, state)
 
 

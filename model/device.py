@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,16 +127,27 @@ def memory_at_hand(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+def memory_rate(runtime: Runtime, seconds: float = 0.5) -> float:
+    """Bytes/s at which numbers that no cache holds are read and added up, measured: what decoding is held against."""
+    x = torch.ones(1 << 26, device=runtime.device)  # 256 MiB
+    return x.nbytes / _fastest(x.sum, runtime, seconds)
+
+
+def _fastest(work: Callable[[], Tensor], runtime: Runtime, seconds: float) -> float:
+    """Seconds of the fastest of as many repetitions as fit."""
+    work().sum().item()  # warm up
+    best, until = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < until:
+        start = time.perf_counter()
+        work()
+        runtime.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
 def matmul_rate(runtime: Runtime, seconds: float = 0.2) -> float:
     """FLOP/s of a large square matrix product in the runtime's dtype, measured: what MFU divides by."""
     n = 8192 if runtime.device.type == "cuda" else 2048
     own = torch.Generator(runtime.device).manual_seed(0)  # leaves the training RNG alone
     a, b = (torch.randn(n, n, generator=own, device=runtime.device, dtype=runtime.dtype) for _ in "ab")
-    (a @ b).sum().item()  # warm up
-    best, until = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < until:
-        start = time.perf_counter()
-        a @ b
-        runtime.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * n**3 / _fastest(lambda: a @ b, runtime, seconds)

@@ -9,7 +9,6 @@ from model.device import Runtime
 from model.gpt import GPT
 from model.memory import device_peak, total_bytes
 
-
 WARM_UP = 2  # steps: a text may have a single token before its first, and one such pass is not compiled
 
 
