@@ -30,6 +30,9 @@ Peer = Literal["transformers", "transformers-static", "concat"]
 Kept = Literal["as-dtype", "int8"]
 
 
+WARM_UP = 3  # tokens, which compile what there is to compile
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Greedy decoding of a network of random weights: GPT-2's smallest shape with Gemma 3's layers."""
@@ -108,9 +111,9 @@ class Ours:
         if weights == "int8":
             quantize(self.model)
         self.model.fused = compiling(options.compile, config, runtime, options.new_tokens)
-        self.n, self.length = options.new_tokens, length
+        self.length = length
         dtype = torch.int8 if kept == "int8" else None
-        self.cache = self.model.new_cache(options.batch_size, length + self.n, dtype=dtype)
+        self.cache = self.model.new_cache(options.batch_size, length + options.new_tokens, dtype=dtype)
         for x in (x for layer in self.cache.layers for x in layer.tensors()):
             x.copy_(torch.randint(-127, 128, x.shape) if x.dtype == torch.int8 else torch.randn(x.shape))
         self.last = torch.zeros(options.batch_size, 1, dtype=torch.long, device=runtime.device)
@@ -120,8 +123,8 @@ class Ours:
         self.cache.pos.fill_(self.length - 1)
         self.cache.length = self.length - 1
 
-    def __call__(self) -> list[Tensor]:
-        return list(islice(stream(self.model, self.cache, self.last, Sampler(temperature=0)), self.n))
+    def __call__(self, n: int) -> list[Tensor]:
+        return list(islice(stream(self.model, self.cache, self.last, Sampler(temperature=0)), n))
 
     @property
     def cache_bytes(self) -> int:
@@ -133,9 +136,9 @@ class Ours:
 
 def decode(options: Options) -> None:
     """Time decoding at several lengths of the text."""
-    if min(options.lengths) < 3 or options.new_tokens < 3:
-        raise UserError("--lengths and --new-tokens must be 3 at least")
-    runtime = resolve(options.device, options.dtype)
+    if min(*options.lengths, options.new_tokens) < WARM_UP:
+        raise UserError(f"--lengths and --new-tokens must be {WARM_UP} at least")
+    runtime = resolve(options.device, options.dtype, options.compile)
     rate = memory_rate(runtime)
     print(f"batch {options.batch_size}, window {options.window}, {options.new_tokens} new tokens, {runtime.why}")
     print(f"memory is read at {rate / 1e9:.1f} GB/s; caches are filled with random keys\n")
@@ -185,7 +188,7 @@ def measure(options: Options, variant: Variant, length: int, runtime: Runtime, r
             for name, candidate in candidates.items():
                 candidate.prepare()
                 start = time.perf_counter()
-                candidate()
+                candidate(options.new_tokens if turn else WARM_UP)
                 runtime.synchronize()
                 took = time.perf_counter() - start
                 if turn == 0:
@@ -218,7 +221,7 @@ def measure(options: Options, variant: Variant, length: int, runtime: Runtime, r
             row["share_of_memory_rate"] = row["bytes_per_s"] / rate
         candidate.prepare()
         with torch.inference_mode(), measure_peak(runtime.device, candidate.held()) as peak:
-            candidate()
+            candidate(WARM_UP)
         row["peak_bytes_above_weights"], row["peak_method"] = peak.bytes, peak.method
         rows.append(row)
         print(line(row), flush=True)

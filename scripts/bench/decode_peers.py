@@ -49,7 +49,7 @@ class Concatenated:
     """Our network, plain, with such a cache of random keys."""
 
     def __init__(self, options: Options, config: ModelConfig, runtime: Runtime, length: int):
-        self.config, self.runtime, self.length, self.n = config, runtime, length, options.new_tokens
+        self.config, self.runtime, self.length = config, runtime, length
         torch.manual_seed(0)
         self.model, self.B = GPT(config).to(runtime.device, runtime.dtype).eval(), options.batch_size
 
@@ -65,9 +65,9 @@ class Concatenated:
         self.cache.pos.fill_(past)
         self.cache.length = past
 
-    def __call__(self) -> None:
+    def __call__(self, n: int) -> None:
         token = torch.zeros(self.B, 1, dtype=torch.long, device=self.runtime.device)
-        for _ in range(self.n):
+        for _ in range(n):
             token = self.model(token, cache=self.cache)[:, -1].argmax(dim=-1, keepdim=True)
 
     @property
@@ -110,9 +110,9 @@ class Transformers:
             k, v = (torch.randn(shape, device=self.runtime.device, dtype=self.runtime.dtype) for _ in "kv")
             self.cache.update(k, v, i)
 
-    def __call__(self) -> None:
+    def __call__(self, n: int) -> None:
         token = torch.zeros(self.B, 1, dtype=torch.long, device=self.runtime.device)
-        for i in range(self.n):
+        for i in range(n):
             position = torch.full((1, 1), self.length - 1 + i, device=self.runtime.device)
             out = self.forward(input_ids=token, past_key_values=self.cache, position_ids=position, use_cache=True)
             token = out.logits[:, -1].argmax(dim=-1, keepdim=True)
