@@ -29,9 +29,10 @@ def n_slots(window: int | None, n_sink: int, max_length: int) -> int:
 def slot_positions(n_seen: Tensor, n_slots: int, n_sink: int, first: int | None = None) -> Tensor:
     """(B,) tokens seen -> (B, S) the position that each slot, or the `first` ones, holds, EMPTY where it holds none."""
     slot = torch.arange(n_slots if first is None else first, device=n_seen.device)
-    last = n_seen[:, None] - 1
+    last, n_ring = n_seen[:, None] - 1, n_slots - n_sink
     pinned = slot < n_sink
-    rolling = last - (last - slot) % (n_slots - n_sink)  # the newest position of this slot's residue class
+    behind = n_sink + (last - n_sink) % n_ring - slot  # how far behind the newest, without a division by slot
+    rolling = last - torch.where(behind < 0, behind + n_ring, behind)
     pos = torch.where(pinned, slot, rolling)
     held = (pos <= last) & (pinned | (rolling >= n_sink))
     return torch.where(held, pos, EMPTY)  # (B, S)

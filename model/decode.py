@@ -53,14 +53,14 @@ def compiling(asked: Switch, config: ModelConfig, runtime: Runtime, n_steps: int
 def compiled(function: Function) -> Function:
     """The function as one piece, compiled when it is called; every caller gets the same."""
     torch._dynamo.config.recompile_limit = max(MOST_COMPILED, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, fullgraph=True, backend=backend)
+    return torch.compile(function, fullgraph=True, backend=backend)  # type: ignore[return-value]
 
 
 def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable:
     """torch's own compiler, given sums in place of products of few rows."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(with_sums(graph), inputs)
+    return compile_fx(with_sums(graph), inputs)  # type: ignore[return-value]
 
 
 def with_sums(graph: GraphModule) -> GraphModule:

@@ -16,6 +16,9 @@ FEW = 16  # rows up to which torch's kernel for CPUs beats unpacking the weights
 class Int8Linear(nn.Module):
     """nn.Linear with (N, C) int8 weights and (N,) scales."""
 
+    int8: Tensor
+    scale: Tensor
+
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
         super().__init__()
         self.register_buffer("int8", weight)

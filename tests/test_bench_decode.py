@@ -11,7 +11,6 @@ from model import cost
 from model.device import memory_rate, resolve
 from model.errors import UserError
 from model.gpt import GPT
-from model.sampling import prefill
 from scripts.bench import decode
 from scripts.bench.decode_peers import Concatenated, Grown, Transformers
 
@@ -87,9 +86,7 @@ def test_our_clock_starts_where_the_text_has_that_length():
 def test_decoding_is_measured_beside_its_peers(tmp_path, capsys):
     file, picture = tmp_path / "decode.json", tmp_path / "decode.png"
     peers = ("transformers", "concat")
-    decode.decode(
-        options(variants=("mha", "swa"), peer=peers, weights=("as-dtype", "int8"), json=file, plot=picture)
-    )
+    decode.decode(options(variants=("mha", "swa"), peer=peers, weights=("as-dtype", "int8"), json=file, plot=picture))
     found = json.loads(file.read_text())
     names = ["sash", "sash, int8 weights", *peers]
     assert [row["name"] for row in found["rows"]] == names * 4
@@ -118,7 +115,7 @@ def test_what_eight_bits_change_of_a_trained_run_is_said(tmp_path, text, capsys)
 
 
 def test_lengths_too_short_to_warm_up_at_are_refused():
-    with pytest.raises(UserError, match="^--lengths and --new-tokens must be 3 at least$"):
+    with pytest.raises(UserError, match=r"^--lengths and --new-tokens must be 3 at least$"):
         decode.decode(options(lengths=(2,)))
 
 

@@ -13,8 +13,7 @@ from conftest import CPU, SMALL, run_program, save_run, tiny_config, tiny_model
 import generate
 from configs.run_dir import RunDir
 from data.tokenizer import make_tokenizer
-from model import cost
-from model import decode, sampling
+from model import cost, decode, sampling
 from model.cache import KVCache
 from model.device import resolve
 from model.optim import Optimizers

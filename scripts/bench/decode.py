@@ -182,7 +182,8 @@ def measure(options: Options, variant: Variant, length: int, runtime: Runtime, r
         "concat": lambda: Concatenated(options, config, runtime, length),
     }
     candidates |= {name: makers[name]() for name in options.peer}
-    warm_up, seconds = {}, {name: [] for name in candidates}
+    warm_up: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.inference_mode():
         for turn in range(1 + options.rounds):
             for name, candidate in candidates.items():
