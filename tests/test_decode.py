@@ -121,12 +121,11 @@ def test_rows_at_different_places_are_traced_once_for_all_lengths(traced):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @torch.no_grad()
-def test_compiled_steps_equal_the_plain_pass(dtype, tolerance):
-    model = fused(tiny_model(tiny_config(pattern="swa full", window=5, n_sink=1), dtype=dtype))
+def test_compiled_steps_equal_the_plain_pass():
+    model = fused(tiny_model(tiny_config(pattern="swa", n_layer=1, window=5, n_sink=1), dtype=torch.float32))
     idx = random_tokens(2, 3 * T)
-    assert_equal(logits_in_chunks(model, idx, [4] + [1] * 40), model(idx), tolerance)
+    assert_equal(logits_in_chunks(model, idx, [4] + [1] * 40), model(idx), 1e-4)
 
 
 @needs_compiler

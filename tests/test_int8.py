@@ -65,7 +65,7 @@ def test_a_network_in_int8_is_that_of_its_rounded_weights(tied):
     model, twin, idx = tiny_model(config), tiny_model(config), random_tokens(2, 13)
     quantize(model)
     for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, Int8Linear) and not name.startswith("wte"):  # there it is the head
             twin.get_submodule(name).weight.copy_(module.weight)
     assert_equal(model(idx), twin(idx))
     assert_equal(model(idx, idx), twin(idx, idx))
@@ -98,7 +98,8 @@ def test_chunks_do_not_change_what_an_int8_cache_gives(kind, sizes):
     model, cache = kept_in_int8(kind)
     idx, (_, other) = random_tokens(3, 26), kept_in_int8(kind)
     got = logits_in_chunks(model, idx, sizes, cache)
-    assert_equal(got, logits_in_chunks(model, idx, [5] * 6, other), 1e-10)
+    tolerance = 1e-4 if kind == "linear" else 1e-10  # its state is not rounded to int8 but to float32
+    assert_equal(got, logits_in_chunks(model, idx, [5] * 6, other), tolerance)
     assert_equal(got, model(idx).detach(), 0.3)
     if kind != "linear":
         assert (got - model(idx)).abs().max() > 1e-4
