@@ -21,10 +21,12 @@ from configs.run_dir import RunDir
 from data.tokenizer import Tokenizer
 from data.transcript import Transcript
 from model.agreement import agreement
+from model.decode import compiling
 from model.device import Runtime, resolve
 from model.errors import UserError
 from model.gpt import GPT
 from model.meter import Meter
+from model.quantize import quantize
 from model.sampling import LogProbs, Sampler, pad_right, stream
 from model.streaming import through_window
 
@@ -36,6 +38,8 @@ def generate(options: Options) -> int:
     options.check_ranges()
     runtime = resolve(options.device, options.dtype, "off")
     model, tokenizer = load(options, runtime)
+    n_steps = 0 if options.cache == "none" else options.max_new_tokens
+    model.fused = compiling(options.compile, model.config, runtime, n_steps)
     sampler = Sampler(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -65,7 +69,13 @@ def load(options: Options, runtime: Runtime) -> tuple[GPT, Tokenizer]:
         model = through_window(model, options.window, options.n_sink, rope_in_cache=in_cache)
         if in_cache and not any(getattr(spec, "rope_in_cache", False) for spec in model.config.layers):
             raise UserError("--positions in-cache says how keys are rotated, and no layer of this run rotates them")
-    return model.to(runtime.device, runtime.dtype).eval(), tokenizer
+    model = model.to(runtime.device, runtime.dtype).eval()
+    return quantize(model) if options.weights == "int8" else model, tokenizer
+
+
+def cache_dtype(options: Options) -> torch.dtype | None:
+    """None: as the weights."""
+    return torch.int8 if options.cache_dtype == "int8" else None
 
 
 def complete(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Options, runtime: Runtime) -> int:
@@ -79,7 +89,11 @@ def complete(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Option
             f"{P} tokens of prompt and {n_new} new ones are more than the {limit} learned positions of this model "
             f"(block_size): {advice}, or train with position = rope"
         )
-    cache = None if options.cache == "none" else model.new_cache(len(prompts), P + n_new, rolling=rolling)
+    cache = (
+        None
+        if options.cache == "none"
+        else model.new_cache(len(prompts), P + n_new, dtype=cache_dtype(options), rolling=rolling)
+    )
     meter = Meter(model, cache, runtime, n_samples=options.num_samples, rolling=rolling)
     drawn = LogProbs(tokenizer.n_vocab) if options.json else None
     tokens = stream(
@@ -109,7 +123,7 @@ def complete(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Option
 
 def converse(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Options, runtime: Runtime) -> int:
     """Continue what the user adds, line by line, in one text of which every token is read once."""
-    cache = model.new_cache(1, options.max_length, rolling=options.cache == "rolling")
+    cache = model.new_cache(1, options.max_length, dtype=cache_dtype(options), rolling=options.cache == "rolling")
     limit, reached = cache.max_length, f"full layers have room for {options.max_length} tokens (--max-length)"
     if model.wpe is not None and model.config.block_size < (limit or math.inf):
         limit, reached = model.config.block_size, f"the learned positions end at {model.config.block_size} (block_size)"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from data.tokenizer import Tokenizer
-from model.device import DType
+from model.device import DType, Switch
 from model.errors import UserError
 
 LARGEST = 10**15  # for which 64 bits have room to spare
@@ -84,6 +84,13 @@ class Options:
     """auto, cpu, cuda, mps."""
     dtype: DType = "auto"
     """Of weights and cache."""
+    weights: Literal["as-dtype", "int8"] = "as-dtype"
+    """int8: matrices in 8 bits with a scale for each row, which loses a little and halves what a step reads."""
+    cache_dtype: Literal["as-dtype", "int8"] = "as-dtype"
+    """int8: keys and values in 8 bits with a scale each, which loses a little and about halves the cache."""
+    compile: Switch = "auto"
+    """Compile the layers for decoding: some seconds at first, then two to four times the speed. auto: where the
+    tokens to come are enough for that."""
 
     def check_ranges(self) -> None:
         """UserError for a value out of its range, or options that do not go together."""
@@ -113,6 +120,10 @@ class Options:
                 )
         if self.check and self.cache == "none":
             raise UserError("--check compares a cache with none: take --cache rolling or full")
+        if self.cache_dtype == "int8" and self.cache == "none":
+            raise UserError("--cache-dtype int8 says how a cache is kept, and --cache none keeps none")
+        if self.cache_dtype == "int8" and self.check:
+            raise UserError("--check asks whether a cache changes the logits, which --cache-dtype int8 does a little")
         if self.interactive and self.cache == "none":
             raise UserError("--interactive keeps a cache from line to line: take --cache rolling or full")
         if self.interactive and str(self.prompt_file) == "-":

@@ -12,13 +12,15 @@
 | masked               | any positions: chunks over a cache, padding; any pattern; a mask of bounded  |
 |                      | size, and no work saved                                                      |
 | masked-scores        | the same for shaped scores, which then exist, in pieces of bounded size      |
+| one-query            | a query of each row over a cache, any spec: sums that a compiler makes loops |
+|                      | of; in a compiled step of decoding alone                                     |
 
 Dimensions: B batch, H query heads, K KV heads, Tq and Tk queries and keys, D head_dim.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from model.errors import UserError
 from model.kernels.flex import block_mask, flex
-from model.kernels.scores import masked_scores
+from model.kernels.scores import masked_scores, one_query
 from model.kernels.tiles import block_size, tiles
 from model.positions import alibi_slopes
 from model.step import Step
@@ -42,12 +44,20 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def kernel_name(
-    spec: AttentionSpec, T: int, device: torch.device, dtype: torch.dtype, *, contiguous: bool = True
+    spec: AttentionSpec,
+    T: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    contiguous: bool = True,
+    fused: bool = False,
 ) -> str:
     """The kernel for T queries, known before it runs so that every figure can carry it.
 
     UserError where the one that spec.kernel asks for cannot serve: nothing else is taken silently.
     """
+    if fused:
+        return "one-query"
     shaped = spec.shapes_scores
     masked = "masked-scores" if shaped else "masked"
     if not contiguous:
@@ -91,20 +101,24 @@ def attend(
     sink_logit: Tensor | None = None,
     contiguous: bool = False,
     context: Tensor | None = None,
+    fused: bool = False,
     shared: dict | None = None,
 ) -> Tensor:
     """(B, H, Tq, D) queries at q_pos over (B, K, Tk, D) keys and values at k_pos, (B or 1, T) each -> (B, H, Tq, D).
 
     sink_logit (H,) is the learned sink, where spec has one.
     contiguous: queries and keys are one run of positions from 0, so that kernels which know no positions may serve.
+    fused: this is being compiled, and there is one query of each row.
     `context` and `shared` are the step's, where `prepare` left what they need.
     """
     T = q.shape[2]
-    match kernel_name(spec, T, q.device, q.dtype, contiguous=contiguous):
+    match kernel_name(spec, T, q.device, q.dtype, contiguous=contiguous, fused=fused):
         case "masked":
             return _masked(q, k, v, q_pos, k_pos, spec, context)
         case "masked-scores":
             return _masked_scores(q, k, v, q_pos, k_pos, spec, sink_logit, context)
+        case "one-query":
+            return one_query(q, k, v, *_seen(q_pos, k_pos, spec, context), **_shapes(spec, q, sink_logit))
         case "tiles":
             window = T if spec.window is None else min(spec.window, T)
             block, slopes = block_size(window, q.dtype), _slopes(spec, q)
@@ -157,22 +171,23 @@ def _masked_scores(
     sink_logit: Tensor | None,
     context: Tensor | None,
 ) -> Tensor:
-    B, H, _, D = q.shape
+    B, H = q.shape[:2]
     tile = max(1, MASK_ELEMENTS // (B * H * k.shape[2]))
-    slopes = _slopes(spec, q)
-    out = []
-    for q_tile, pos in zip(q.split(tile, dim=2), q_pos.split(tile, dim=1), strict=True):
-        mask = visible(pos, k_pos, spec, context)  # (B or 1, H or 1, tile, Tk)
-        distance = (pos[:, :, None] - k_pos[:, None])[:, None]  # (B or 1, 1, tile, Tk)
-        y = masked_scores(
-            *(q_tile, k, v, distance, mask),
-            scale=spec.scale or D**-0.5,
-            softcap=spec.softcap,
-            slopes=slopes,
-            sink_logit=sink_logit,
-        )
-        out.append(y)
+    shapes = _shapes(spec, q, sink_logit)
+    tiles = zip(q.split(tile, dim=2), q_pos.split(tile, dim=1), strict=True)
+    out = [masked_scores(q_tile, k, v, *_seen(pos, k_pos, spec, context), **shapes) for q_tile, pos in tiles]
     return torch.cat(out, dim=2)
+
+
+def _seen(q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """From each query back to each key, (B or 1, 1, Tq, Tk), and whether it is visible."""
+    return (q_pos[:, :, None] - k_pos[:, None])[:, None], visible(q_pos, k_pos, spec, context)
+
+
+def _shapes(spec: AttentionSpec, q: Tensor, sink_logit: Tensor | None) -> dict[str, Any]:
+    """What shapes the scores, as `kernels.scores` takes it."""
+    scale = spec.scale or q.shape[-1] ** -0.5
+    return {"scale": scale, "softcap": spec.softcap, "slopes": _slopes(spec, q), "sink_logit": sink_logit}
 
 
 def _slopes(spec: AttentionSpec, q: Tensor) -> Tensor | None:

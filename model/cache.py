@@ -9,13 +9,16 @@ be in any order, since attention is told the position of each key.
 Dimensions: B batch, K KV heads, S slots, T incoming tokens, D head_dim.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from model.int8 import to_int8
 from model.step import EMPTY, Step
+
+SCALE = torch.bfloat16  # of what is kept in int8
 
 
 def n_slots(window: int | None, n_sink: int, max_length: int) -> int:
@@ -23,12 +26,13 @@ def n_slots(window: int | None, n_sink: int, max_length: int) -> int:
     return max_length if window is None else min(max_length, n_sink + window)
 
 
-def slot_positions(n_seen: Tensor, n_slots: int, n_sink: int) -> Tensor:
-    """(B,) tokens seen -> (B, S) the position that each slot holds, EMPTY where it holds none."""
-    slot = torch.arange(n_slots, device=n_seen.device)
-    last = n_seen[:, None] - 1
+def slot_positions(n_seen: Tensor, n_slots: int, n_sink: int, first: int | None = None) -> Tensor:
+    """(B,) tokens seen -> (B, S) the position that each slot, or the `first` ones, holds, EMPTY where it holds none."""
+    slot = torch.arange(n_slots if first is None else first, device=n_seen.device)
+    last, n_ring = n_seen[:, None] - 1, n_slots - n_sink
     pinned = slot < n_sink
-    rolling = last - (last - slot) % (n_slots - n_sink)  # the newest position of this slot's residue class
+    behind = n_sink + (last - n_sink) % n_ring - slot  # how far behind the newest, without a division by slot
+    rolling = last - torch.where(behind < 0, behind + n_ring, behind)
     pos = torch.where(pinned, slot, rolling)
     held = (pos <= last) & (pinned | (rolling >= n_sink))
     return torch.where(held, pos, EMPTY)  # (B, S)
@@ -66,39 +70,45 @@ class KVCache:
         return [self.k, self.v]
 
     def fork(self, n: int) -> "KVCache":
-        k, v = (x.repeat_interleave(n, dim=0) for x in (self.k, self.v))
-        return KVCache(k, v, n_sink=self.n_sink, max_length=self.max_length)
+        copies = (x.repeat_interleave(n, dim=0) for x in self.tensors())
+        return type(self)(*copies, n_sink=self.n_sink, max_length=self.max_length)
+
+    def _packed(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        """(B, K, T, D) keys and values as they are stored, one of each of tensors()."""
+        return k.to(self.k.dtype), v.to(self.v.dtype)
+
+    def _unpacked(self, stored: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v = stored
+        return k.to(dtype), v.to(dtype)
 
     def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Store (B, K, T, D) keys and values; return all their queries may see, with (B or 1, keys) positions."""
-        T, held, dtype = k.shape[2], min(self.n_slots, step.past_bound), k.dtype
-        k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # as they will be read again
+        T, held, dtype = k.shape[2], torch.sym_min(self.n_slots, step.past_bound), k.dtype
+        new = self._packed(k, v)  # as they will be read again
         if not step.padded and (T == 1 or step.past_bound + T <= self.n_slots):
-            self._write(k, v, step)  # evicts nothing that these queries see
-            held = min(self.n_slots, step.past_bound + T)
-            k, v, k_pos = self.k[:, :, :held], self.v[:, :, :held], self._positions(step, after=True)[:, :held]
-            return k.to(dtype), v.to(dtype), k_pos
+            self._write(new, step)  # evicts nothing that these queries see
+            held = torch.sym_min(self.n_slots, step.past_bound + T)
+            if step.fused and self.max_length is None:
+                held = self.n_slots  # one compilation before and after it wraps: what is empty is not seen
+            seen = [x[:, :, :held] for x in self.tensors()]
+            return *self._unpacked(seen, dtype), self._positions(step, held, after=True)
         if held == 0:
-            self._write(k, v, step)
-            return k.to(dtype), v.to(dtype), step.pos
+            self._write(new, step)
+            return *self._unpacked(new, dtype), step.pos
         # A chunk reads before it writes: its first queries need keys that its last ones evict.
-        k_pos = self._positions(step, after=False)[:, :held]
+        k_pos = self._positions(step, held, after=False)
         rows = max(k_pos.shape[0], step.pos.shape[0])
-        seen = (
-            torch.cat((self.k[:, :, :held], k), dim=2).to(dtype),
-            torch.cat((self.v[:, :, :held], v), dim=2).to(dtype),
-            torch.cat((k_pos.expand(rows, -1), step.pos.expand(rows, -1)), dim=1),
-        )
-        self._write(k, v, step)
-        return seen
+        seen = [torch.cat((x[:, :, :held], y), dim=2) for x, y in zip(self.tensors(), new, strict=True)]
+        self._write(new, step)
+        return *self._unpacked(seen, dtype), torch.cat((k_pos.expand(rows, -1), step.pos.expand(rows, -1)), dim=1)
 
-    def _positions(self, step: Step, *, after: bool) -> Tensor:
-        """(B or 1, S) what the slots hold before or after this step: the same for all layers of one shape."""
+    def _positions(self, step: Step, held: int, *, after: bool) -> Tensor:
+        """(B or 1, held) what the slots hold before or after this step: the same for all layers of one shape."""
         assert step.past is not None
         n_seen = step.past + step.added if after else step.past
         return step.once(
             ("slot_positions", self.n_slots, self.n_sink, after),
-            lambda: slot_positions(n_seen, self.n_slots, self.n_sink),
+            lambda: slot_positions(n_seen, self.n_slots, self.n_sink, held),
         )
 
     def _slot(self, pos: Tensor) -> Tensor:
@@ -106,27 +116,27 @@ class KVCache:
         rolling = self.n_sink + (pos - self.n_sink) % (self.n_slots - self.n_sink)
         return torch.where(pos < self.n_sink, pos, rolling) if self.n_sink else rolling
 
-    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
+    def _write(self, new: Sequence[Tensor], step: Step) -> None:
         if step.uniform:
-            self._write_uniform(k, v, step)
+            self._write_uniform(new, step)
         else:
-            self._write_ragged(k, v, step)
+            self._write_ragged(new, step)
 
-    def _write_uniform(self, k: Tensor, v: Tensor, step: Step) -> None:
+    def _write_uniform(self, new: Sequence[Tensor], step: Step) -> None:
         """All rows at the same positions: copy the tokens that stay, the sinks and the last of the ring."""
-        T = k.shape[2]
+        T = new[0].shape[2]
         n_ring = self.n_slots - self.n_sink
         sinks = 0 if T == 1 else min(T, max(0, self.n_sink - step.past_bound))
         for part in (slice(0, sinks), slice(max(sinks, T - n_ring), T)):
             if part.start < part.stop:
                 slot = self._slot(step.pos[0, part])
-                self.k.index_copy_(2, slot, k[:, :, part])
-                self.v.index_copy_(2, slot, v[:, :, part])
+                for store, x in zip(self.tensors(), new, strict=True):
+                    store.index_copy_(2, slot, x[:, :, part])
 
-    def _write_ragged(self, k: Tensor, v: Tensor, step: Step) -> None:
+    def _write_ragged(self, new: Sequence[Tensor], step: Step) -> None:
         """Rows at their own positions: each slot that may change asks which new token, if any, it now holds."""
         assert step.past is not None
-        T, n_ring = k.shape[2], self.n_slots - self.n_sink
+        T, n_ring = new[0].shape[2], self.n_slots - self.n_sink
         n = min(T, n_ring)
         end = (step.past + step.added)[:, None]  # (B, 1)
         pos = (
@@ -137,13 +147,51 @@ class KVCache:
             pinned = torch.arange(self.n_sink, device=end.device).expand(len(end), -1)
             pos = torch.cat((pinned, torch.where(pos < self.n_sink, EMPTY, pos)), dim=1)
             slot = torch.cat((pinned, slot), dim=1)
-        new = ((pos >= step.past[:, None]) & (pos < end) & (pos >= 0))[:, None, :, None]
+        is_new = ((pos >= step.past[:, None]) & (pos < end) & (pos >= 0))[:, None, :, None]
         source = (pos - step.past[:, None]).clamp(0, T - 1)[:, None, :, None]  # (B, 1, n, 1) its index among the new
         slot = slot[:, None, :, None]
-        for store, x in ((self.k, k), (self.v, v)):
+        for store, x in zip(self.tensors(), new, strict=True):
             B, K, _, D = store.shape
             to, at = slot.expand(B, K, -1, D), source.expand(B, K, -1, D)
-            store.scatter_(2, to, torch.where(new, x.gather(2, at), store.gather(2, to)))
+            store.scatter_(2, to, torch.where(is_new, x.gather(2, at), store.gather(2, to)))
+
+
+class Int8KVCache(KVCache):
+    """Keys and values as whole numbers, with a scale for each of them in each head."""
+
+    def __init__(
+        self, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, *, n_sink: int = 0, max_length: int | None
+    ):
+        """k, v: int8 zeros (B, K, S, D); scales: zeros (B, K, S, 1)."""
+        super().__init__(k, v, n_sink=n_sink, max_length=max_length)
+        self.k_scale, self.v_scale = k_scale, v_scale
+
+    def tensors(self) -> list[Tensor]:
+        return [self.k, self.v, self.k_scale, self.v_scale]
+
+    def _packed(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        (k, k_scale), (v, v_scale) = (to_int8(x, SCALE) for x in (k, v))
+        return k, v, k_scale, v_scale
+
+    def _unpacked(self, stored: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v, k_scale, v_scale = stored
+        return k.to(dtype) * k_scale.to(dtype), v.to(dtype) * v_scale.to(dtype)
+
+
+def empty_kv(
+    shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, *, n_sink: int, max_length: int | None
+) -> KVCache:
+    """A cache of (B, K, S, D) slots, of the kind that the dtype asks for."""
+    k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+    if dtype != torch.int8:
+        return KVCache(k, v, n_sink=n_sink, max_length=max_length)
+    scales = (torch.zeros(*shape[:3], 1, device=device, dtype=SCALE) for _ in "kv")
+    return Int8KVCache(k, v, *scales, n_sink=n_sink, max_length=max_length)
+
+
+def kv_bytes(head_dim: int, element_size: int) -> int:
+    """Of one key or value of one head; elements of one byte have a scale."""
+    return head_dim * element_size + (SCALE.itemsize if element_size == 1 else 0)
 
 
 class Cache:

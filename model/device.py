@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from model.errors import UserError
 DType = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 
+COMPILERS = ("g++", "clang++", "c++", "cl")
 COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs about 10 s and saves 2 to 12 %: below this it does not pay
 
 
@@ -94,15 +96,22 @@ def _multiplies_bf16(device: torch.device) -> bool:
 def _compile(device: torch.device, asked: Switch, flops: float) -> tuple[bool, str]:
     if asked != "auto":
         return asked == "on", "as asked"
+    if (obstacle := no_compiling(device)) is not None:
+        return False, obstacle
+    if device.type == "cuda":
+        return True, "pays on cuda"
+    return (True, "a long job") if flops >= COMPILE_FROM_FLOPS else (False, "too short a job to pay for it")
+
+
+def no_compiling(device: torch.device) -> str | None:
+    """Why nothing is compiled here unless it is asked for; None where it can be."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return (True, "pays on cuda") if has_triton() else (False, "no triton here")
+        return None if has_triton() else "no triton here"
     if device.type == "mps":
-        return False, "eager is the safe choice on mps"
-    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        return False, "no C++ compiler here"
-    return (True, "a long job") if flops >= COMPILE_FROM_FLOPS else (False, "too short a job to pay for it")
+        return "eager is the safe choice on mps"
+    return None if any(map(shutil.which, COMPILERS)) else "no C++ compiler here"
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -118,16 +127,27 @@ def memory_at_hand(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+def memory_rate(runtime: Runtime, seconds: float = 0.5) -> float:
+    """Bytes/s at which numbers that no cache holds are read and added up, measured: what decoding is held against."""
+    x = torch.ones(1 << 26, device=runtime.device)  # 256 MiB
+    return x.nbytes / _fastest(x.sum, runtime, seconds)
+
+
+def _fastest(work: Callable[[], Tensor], runtime: Runtime, seconds: float) -> float:
+    """Seconds of the fastest of as many repetitions as fit."""
+    work().sum().item()  # warm up
+    best, until = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < until:
+        start = time.perf_counter()
+        work()
+        runtime.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
 def matmul_rate(runtime: Runtime, seconds: float = 0.2) -> float:
     """FLOP/s of a large square matrix product in the runtime's dtype, measured: what MFU divides by."""
     n = 8192 if runtime.device.type == "cuda" else 2048
     own = torch.Generator(runtime.device).manual_seed(0)  # leaves the training RNG alone
     a, b = (torch.randn(n, n, generator=own, device=runtime.device, dtype=runtime.dtype) for _ in "ab")
-    (a @ b).sum().item()  # warm up
-    best, until = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < until:
-        start = time.perf_counter()
-        a @ b
-        runtime.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * n**3 / _fastest(lambda: a @ b, runtime, seconds)

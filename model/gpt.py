@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import decode
 from model.cache import Cache, LayerState
 from model.config import ModelConfig
 from model.errors import UserError
@@ -50,6 +51,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # in training: keep each layer's input alone and compute the rest again
+        self.fused = False  # in decoding: a token of each row goes through compiled layers
         self.wte = nn.Embedding(config.vocab, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -100,6 +102,8 @@ class GPT(nn.Module):
             for i, block in enumerate(self.h):
                 if self.recompute and torch.is_grad_enabled():
                     x = checkpoint(block, x, step, use_reentrant=False)
+                elif step.fused and cache is not None:
+                    x = decode.layer(block, x, step, cache.layers[i])
                 else:
                     x = block(x, step, None if cache is None else cache.layers[i])
             if cache is not None:
@@ -109,7 +113,7 @@ class GPT(nn.Module):
             x, cap = self.ln_f(x), self.config.logit_softcap
             if targets is not None:
                 return cross_entropy(x, self.lm_head.weight, targets, reduction, softcap=cap)
-            logits = self.lm_head(x)
+            logits = decode.product(self.lm_head, x) if step.fused else self.lm_head(x)
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def kernel_names(self, T: int, dtype: torch.dtype) -> str:
@@ -146,6 +150,7 @@ class GPT(nn.Module):
             added=added,
             past_bound=0 if cache is None else cache.length,
             context=before,
+            fused=self.fused and T == 1 and lengths is None and cache is not None and cache.length > 1,
         )
 
     def _check_room(self, added: int | Tensor, T: int, cache: Cache | None) -> None:

@@ -4,10 +4,19 @@ import time
 from collections.abc import Sequence
 
 from model.cache import Cache
-from model.cost import read_bytes, step_bytes
+from model.cost import read_bytes
 from model.device import Runtime
 from model.gpt import GPT
-from model.memory import device_peak
+from model.memory import device_peak, total_bytes
+
+WARM_UP = 2  # steps: a text may have a single token before its first, and one such pass is not compiled
+
+
+def step_bytes(model: GPT) -> int:
+    """Weights that one step of decoding reads, whatever the batch: all but embeddings, of which it takes a row."""
+    looked_up = [] if model.config.tie_embeddings else [model.wte.weight]
+    looked_up += [] if model.wpe is None else [model.wpe.weight]
+    return total_bytes([*model.parameters(), *model.buffers()]) - total_bytes(looked_up)
 
 
 class Meter:
@@ -16,12 +25,17 @@ class Meter:
     def __init__(self, model: GPT, cache: Cache | None, runtime: Runtime, *, n_samples: int = 1, rolling: bool = True):
         """The cache as it is before the samples of its rows part."""
         self._config, self._runtime, self._n_samples, self._rolling = model.config, runtime, n_samples, rolling
-        self._cache_dtype = None if cache is None else cache.layers[0].tensors()[0].dtype
+        self._model, self._warms_up = model, model.fused and cache is not None
+        self._cache_dtype = None
+        if cache is not None:  # states that are never below float32 say nothing of the keys beside them
+            dtypes = {x.dtype for layer in cache.layers for x in layer.tensors()}
+            self._cache_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
         self.cache_bytes: dict[str, int] = {}  # by kind of layer
         for spec, layer in zip(model.config.layers, [] if cache is None else cache.layers, strict=cache is not None):
             self.cache_bytes[spec.kind] = self.cache_bytes.get(spec.kind, 0) + layer.nbytes * n_samples
         self.n_prefilled = self.n_decoded = 0  # tokens of all rows
         self.prefill_s = self.decode_s = self.first_s = 0.0  # first_s: to the first token of the first turn
+        self.warm_up_s: float | None = None  # the first steps of decoding, where they compile
         self.bytes_read = 0  # by decoding, at least: weights once a step, keys and values of each row
         self._starts: list[int] = []
 
@@ -37,6 +51,8 @@ class Meter:
             self.n_prefilled += self._n_prompt
             self.prefill_s += now - self._clock
             self.first_s = self.first_s or now - self._clock
+        elif self._warms_up and self._steps <= WARM_UP:
+            self.warm_up_s = (self.warm_up_s or 0.0) + now - self._clock
         else:
             self.n_decoded += n_live
             self.decode_s += now - self._clock
@@ -45,11 +61,14 @@ class Meter:
 
     def end(self) -> None:
         """The turn is over: add up what its steps have read."""
-        n = self._steps - 1  # the first token comes of the prefill
+        skipped = WARM_UP if self._warms_up else 0
+        n = self._steps - 1 - skipped  # the first token comes of the prefill
+        self._warms_up &= self._steps <= skipped
         if n < 1 or self._cache_dtype is None:
             return
-        kv = [read_bytes(self._config, t, t + n, self._cache_dtype, rolling=self._rolling) for t in self._starts]
-        self.bytes_read += n * step_bytes(self._config, self._runtime.dtype) + self._n_samples * sum(kv)
+        starts = [t + skipped for t in self._starts]
+        kv = [read_bytes(self._config, t, t + n, self._cache_dtype, rolling=self._rolling) for t in starts]
+        self.bytes_read += n * step_bytes(self._model) + self._n_samples * sum(kv)
 
     def lines(self) -> list[str]:
         """What there is to say."""
@@ -58,6 +77,8 @@ class Meter:
             rate = self.n_prefilled / self.prefill_s
             first = f"first token after {self.first_s * 1e3:.0f} ms"
             out.append(f"prefill {self.n_prefilled} tokens at {rate:.0f} tokens/s, {first}")
+        if self.warm_up_s is not None:
+            out.append(f"warm-up {self.warm_up_s:.1f} s: compiled, {WARM_UP} tokens")
         if self.n_decoded:
             read = f", {self.bytes_read / self.decode_s / 1e9:.2f} GB/s of weights and cache" if self.bytes_read else ""
             out.append(f"decode {self.n_decoded} tokens at {self.n_decoded / self.decode_s:.1f} tokens/s{read}")

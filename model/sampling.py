@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import Cache
+from model.decode import compiled
 from model.gpt import GPT
 
 
@@ -152,8 +153,9 @@ def stream(
         cache = None if cache is None else cache.fork(n_samples)
         prompt, n_real, pos, logits = (x.repeat_interleave(n_samples, dim=0) for x in (prompt, n_real, pos, logits))
         seen = None if seen is None else seen.repeat_interleave(n_samples, dim=0)
+    draw = Sampler.next
     while True:
-        token = sampler.next(logits, pos, sample, seen)
+        token = draw(sampler, logits, pos, sample, seen)
         if watch is not None:
             watch(logits, token)
         yield token
@@ -165,6 +167,8 @@ def stream(
             logits = model(prompt, lengths=None if lengths is None else n_real, last_only=True)[:, -1]
         else:
             logits = model(token[:, None], cache=cache)[:, -1]
+            if model.fused:
+                draw = compiled(Sampler.next)
         pos = pos + 1
 
 

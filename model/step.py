@@ -24,6 +24,7 @@ class Step:
     added: int | Tensor = 0  # T, or (B,) real tokens of each row
     past_bound: int = 0  # the largest of past at most; equal to it where uniform
     context: Tensor | None = None  # (B or 1,) tokens before the question, for star layers; None: as their config says
+    fused: bool = False  # one token of each row, compiled as one piece: products that are summed up need not exist
     shared: dict[Hashable, object] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -24,12 +24,14 @@ def same_weights(model: GPT, config: ModelConfig) -> GPT:
 
 
 @torch.inference_mode()
-def streamed_losses(model: GPT, ids: Tensor, runtime: Runtime, *, chunk: int = 256) -> Tensor:
+def streamed_losses(
+    model: GPT, ids: Tensor, runtime: Runtime, *, chunk: int = 256, cache_dtype: torch.dtype | None = None
+) -> Tensor:
     """(N + 1,) ids -> (N,) nats of ids[1:], each decoded after all that came before it, through the cache.
 
     A chunk is what token-by-token decoding computes, in fewer passes: it reads the cache before it writes.
     """
-    cache = model.new_cache(1, len(ids) - 1)
+    cache = model.new_cache(1, len(ids) - 1, dtype=cache_dtype)
     losses = []
     for idx, targets in zip(ids[None, :-1].split(chunk, dim=1), ids[None, 1:].split(chunk, dim=1), strict=True):
         with runtime.autocast():

@@ -54,8 +54,8 @@ class Options:
 
     context: int | None = None
     """Tokens whose cache is said first; none: 32768, or all that learned positions allow."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of keys and values."""
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
+    """Of keys and values; int8 has a scale of two bytes with each of them in each head."""
     presets: bool = False
     """A row for each config in configs/presets instead."""
     json: bool = False

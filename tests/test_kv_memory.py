@@ -45,8 +45,8 @@ def test_json_has_the_bytes_themselves(ask):
 def test_every_variant_is_what_its_cache_allocates(n):
     for name, config in kv_memory.variants(ModelConfig(**TINY)).items():
         model = tiny_model(config.model_copy(update={"vocab_size": 11}), dtype=torch.float32)
-        cache = model.new_cache(1, n, dtype=torch.float16)
-        assert cache.nbytes == kv_memory.bytes_at(config, [n], torch.float16)[n], name
+        for dtype in (torch.float16, torch.int8):
+            assert model.new_cache(1, n, dtype=dtype).nbytes == kv_memory.bytes_at(config, [n], dtype)[n], name
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attend import attend, kernel_name, prepare
-from model.cache import KVCache, n_slots
+from model.cache import KVCache, empty_kv, kv_bytes, n_slots
 from model.in_cache import rotate_by_place
 from model.layers import NORMS
 from model.positions import Rope, rotate
@@ -101,11 +101,11 @@ class AttentionSpec:
     def read_bytes(self, start: int, stop: int, element_size: int, *, rolling: bool = True) -> int:
         """Of one sequence: keys and values read to decode its tokens start to stop - 1."""
         spec = self if rolling else replace(self, window=None, sparse=None)
-        return 2 * (spec.n_pairs(stop) - spec.n_pairs(start)) * self.n_kv_head * self.head_dim * element_size
+        return 2 * (spec.n_pairs(stop) - spec.n_pairs(start)) * self.n_kv_head * kv_bytes(self.head_dim, element_size)
 
     def cache_bytes(self, max_length: int, element_size: int) -> int:
         """Of one sequence: keys and values of every slot that new_cache allocates."""
-        return 2 * n_slots(self.kept, self.n_sink, max_length) * self.n_kv_head * self.head_dim * element_size
+        return 2 * n_slots(self.kept, self.n_sink, max_length) * self.n_kv_head * kv_bytes(self.head_dim, element_size)
 
     def kernel_name(self, T: int, device: torch.device, dtype: torch.dtype) -> str:
         return kernel_name(self, T, device, dtype)
@@ -183,6 +183,7 @@ class Attention(nn.Module):
             sink_logit=self.sink_logit,
             contiguous=step.contiguous and not spec.rope_in_cache,
             context=step.context,
+            fused=step.fused,
             shared=step.shared,
         )
         y = y[..., : spec.head_dim].transpose(1, 2)  # (B, T, H, D)
@@ -196,6 +197,6 @@ class Attention(nn.Module):
         """Room for what a sequence of max_length tokens needs; longer ones too, where the window is all it needs."""
         spec = self.spec
         S = n_slots(spec.kept if rolling else None, spec.n_sink, max_length)
-        k, v = (torch.zeros(batch_size, spec.n_kv_head, S, spec.head_dim, device=device, dtype=dtype) for _ in "kv")
         endless = rolling and spec.kept is not None and spec.n_sink + spec.kept == S
-        return KVCache(k, v, n_sink=spec.n_sink, max_length=None if endless else max_length)
+        shape, limit = (batch_size, spec.n_kv_head, S, spec.head_dim), None if endless else max_length
+        return empty_kv(shape, device, dtype, n_sink=spec.n_sink, max_length=limit)

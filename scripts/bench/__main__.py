@@ -6,12 +6,13 @@ import tyro
 
 from configs.program import exit_with_one_line
 from scripts.bench.attention import attention
+from scripts.bench.decode import decode
 from scripts.bench.loss import loss
 from scripts.bench.train import train
 
 
 def main() -> None:
-    commands: dict[str, Callable[..., None]] = {"attention": attention, "loss": loss, "train": train}
+    commands: dict[str, Callable[..., None]] = {"attention": attention, "decode": decode, "loss": loss, "train": train}
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m scripts.bench", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
     )

@@ -1,0 +1,123 @@
+"""A step of decoding, compiled: a few rows at a time, where what takes the time is reading the weights.
+
+Each layer is compiled alone, so that equal layers share one compilation, for any length of the text. In it a product of
+few rows is written as products and their sum: a compiler makes one loop of that, which reads the weights once as they
+lie in memory; libraries of matrix products reach a third of that speed in bfloat16 (docs/experiments.md).
+
+Dimensions: B rows, C n_embd, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from model.cost import step_bytes
+from model.device import Runtime, Switch, no_compiling
+from model.errors import UserError
+from model.step import Step
+
+if TYPE_CHECKING:
+    from model.cache import LayerState
+    from model.config import ModelConfig
+
+FEW = 4  # rows up to which sums are faster than matrix products
+MOST_COMPILED = 256  # kinds of layers, batches and caches in one process
+
+KIND_S, LAYER_S, BYTE_S = 4.0, 2e-4, 3e-11  # compiling a kind of layer; what it saves a token: by layer, by byte read
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def compiling(asked: Switch, config: ModelConfig, runtime: Runtime, n_steps: int) -> bool:
+    """Whether to compile for so many steps; `auto` does where that takes less time in all."""
+    obstacle = no_compiling(runtime.device)
+    if asked == "on" and obstacle is not None:
+        raise UserError(f"--compile (on) has nothing to compile with ({obstacle}): take off, or auto")
+    if asked != "auto":
+        return asked == "on"
+    if obstacle is not None:
+        return False
+    costs = KIND_S * (1 + len(set(config.layers)))
+    saves = LAYER_S * config.n_layer + BYTE_S * step_bytes(config, runtime.dtype)
+    return n_steps * saves > costs
+
+
+@cache
+def compiled(function: Function) -> Function:
+    """The function as one piece, compiled when it is called; every caller gets the same."""
+    torch._dynamo.config.recompile_limit = max(MOST_COMPILED, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, fullgraph=True, backend=backend)  # type: ignore[return-value]
+
+
+def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable:
+    """torch's own compiler, given sums in place of products of few rows."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(with_sums(graph), inputs)  # type: ignore[return-value]
+
+
+def with_sums(graph: GraphModule) -> GraphModule:
+    """The same function; matrix products of few rows are written as products and their sums."""
+    for node in graph.graph.find_nodes(op="call_function", target=F.linear):
+        x = node.args[0].meta["example_value"]
+        if x.numel() <= FEW * x.shape[-1]:
+            node.target = sums
+    graph.recompile()
+    return graph
+
+
+def sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; rows are the innermost but one, so that a row of weights serves them all while it is near."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.reshape(-1, x.shape[-1]).to(wide)  # (B, C)
+    y = (weight.to(wide)[:, None] * rows).sum(dim=-1).t()  # (B, out)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).contiguous().view(*x.shape[:-1], -1)
+
+
+def layer(block: nn.Module, x: Tensor, step: Step, state: LayerState) -> Tensor:
+    """block(x, step, state) for one token of each row, compiled: (B, 1, C) -> (B, 1, C)."""
+    assert step.past is not None
+    length = torch.empty(1).expand(step.past_bound)  # a number that may change without compiling again
+    torch._dynamo.maybe_mark_dynamic(length, 0)
+    return compiled(_layer)(block, x, step.pos, step.past, length, step.uniform, step.context, state)
+
+
+def product(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), compiled."""
+    return compiled(_product)(linear, x)
+
+
+def _layer(
+    block: nn.Module,
+    x: Tensor,
+    pos: Tensor,
+    past: Tensor,
+    length: Tensor,
+    uniform: bool,
+    context: Tensor | None,
+    state: LayerState,
+) -> Tensor:
+    step = Step(
+        pos=pos,
+        contiguous=False,
+        uniform=uniform,
+        past=past,
+        added=1,
+        past_bound=length.shape[0],
+        context=context,
+        fused=True,
+    )
+    return block(x, step, state)
+
+
+def _product(linear: nn.Module, x: Tensor) -> Tensor:
+    return linear(x)

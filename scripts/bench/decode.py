@@ -1,0 +1,284 @@
+"""Decoding: tokens a second and bytes of cache against the length of the text, for kinds of attention and for peers."""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model import cost
+from model.config import ModelConfig
+from model.decode import compiling
+from model.device import DType, Runtime, Switch, memory_rate, resolve
+from model.errors import UserError
+from model.gpt import GPT
+from model.memory import measure_peak
+from model.meter import step_bytes
+from model.quantize import quantize
+from model.sampling import Sampler, stream
+from scripts.bench.decode_peers import Concatenated, Transformers
+from scripts.bench.timing import save
+from scripts.report import new_figure
+
+Variant = Literal["mha", "gqa", "swa", "gqa+swa", "sliding"]
+Peer = Literal["transformers", "transformers-static", "concat"]
+Kept = Literal["as-dtype", "int8"]
+
+
+WARM_UP = 3  # tokens, which compile what there is to compile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Greedy decoding of a network of random weights: GPT-2's smallest shape with Gemma 3's layers."""
+
+    lengths: tuple[int, ...] = (1024, 4096, 32_768)
+    """Tokens that the text has when the clock starts. The cache is not made of them but filled with random keys, which
+    takes the same time to read."""
+    new_tokens: int = 64
+    """Tokens to decode there."""
+    variants: tuple[Variant, ...] = ("mha", "gqa", "swa", "gqa+swa", "sliding")
+    """mha: full attention; gqa: with fewer KV heads; swa: five sliding layers to a full one; sliding: all of them."""
+    peer: tuple[Peer, ...] = ()
+    """transformers: the same network there, with its dynamic cache, whose sliding layers keep their window; or with its
+    static cache, compiled; concat: ours, its cache grown by a torch.cat for each layer and token."""
+    weights: tuple[Kept, ...] = ("as-dtype",)
+    """int8: matrices in 8 bits. Several are measured one after another."""
+    cache_dtype: tuple[Kept, ...] = ("as-dtype",)
+    """int8: keys and values in 8 bits."""
+    run: Path | None = None
+    """A trained run, to say what 8 bits change of its perplexity."""
+    tokens: int = 8192
+    """Tokens of its validation split to say that by."""
+    batch_size: int = 1
+    """Texts."""
+    window: int = 512
+    """Of sliding layers."""
+    n_layer: int = 12
+    """Layers."""
+    n_embd: int = 768
+    """Width."""
+    n_head: int = 24
+    """Query heads."""
+    n_kv_head: int = 8
+    """KV heads of the variants that have fewer."""
+    vocab_size: int = 50_257
+    """Tokens, their embeddings tied to the head."""
+    dtype: DType = "auto"
+    """Of weights and cache."""
+    compile: Switch = "on"
+    """Whether our layers are compiled; the seconds that takes are not in the speed but beside it."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    rounds: int = 3
+    """Rounds, in which the candidates take turns and of which the median counts."""
+    json: Path | None = None
+    """Write the figures here."""
+    plot: Path | None = None
+    """Draw speed and cache against length here."""
+
+    def config(self, variant: Variant) -> ModelConfig:
+        """The network of a variant."""
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            block_size=max(self.lengths) + self.new_tokens,
+            n_layer=self.n_layer,
+            n_embd=self.n_embd,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head if "gqa" in variant else None,
+            pattern={"swa": "5:1", "gqa+swa": "5:1", "sliding": "swa"}.get(variant, "full"),
+            window=self.window if "s" in variant else None,
+            norm="rmsnorm+1",
+            norm_place="sandwich",
+            mlp="geglu",
+            scale_embeddings=True,
+            qk_norm=True,
+            tie_embeddings=True,
+        )
+
+
+class Ours:
+    """Our network, from a cache filled with random keys."""
+
+    def __init__(self, options: Options, config: ModelConfig, runtime: Runtime, length: int, weights: Kept, kept: Kept):
+        torch.manual_seed(0)
+        self.model = GPT(config).to(runtime.device, runtime.dtype).eval()
+        if weights == "int8":
+            quantize(self.model)
+        self.model.fused = compiling(options.compile, config, runtime, options.new_tokens)
+        self.length = length
+        dtype = torch.int8 if kept == "int8" else None
+        self.cache = self.model.new_cache(options.batch_size, length + options.new_tokens, dtype=dtype)
+        for x in (x for layer in self.cache.layers for x in layer.tensors()):
+            x.copy_(torch.randint(-127, 128, x.shape) if x.dtype == torch.int8 else torch.randn(x.shape))
+        self.last = torch.zeros(options.batch_size, 1, dtype=torch.long, device=runtime.device)
+
+    def prepare(self) -> None:
+        """Back to the length at which the clock starts."""
+        self.cache.pos.fill_(self.length - 1)
+        self.cache.length = self.length - 1
+
+    def __call__(self, n: int) -> list[Tensor]:
+        return list(islice(stream(self.model, self.cache, self.last, Sampler(temperature=0)), n))
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache.nbytes
+
+    def held(self) -> list[Tensor]:
+        return [x for layer in self.cache.layers for x in layer.tensors()]
+
+
+def decode(options: Options) -> None:
+    """Time decoding at several lengths of the text."""
+    if min(*options.lengths, options.new_tokens) < WARM_UP:
+        raise UserError(f"--lengths and --new-tokens must be {WARM_UP} at least")
+    runtime = resolve(options.device, options.dtype, options.compile)
+    rate = memory_rate(runtime)
+    print(f"batch {options.batch_size}, window {options.window}, {options.new_tokens} new tokens, {runtime.why}")
+    print(f"memory is read at {rate / 1e9:.1f} GB/s; caches are filled with random keys\n")
+    print(
+        f"{'length':>7} {'attention':9} {'':27} {'tokens/s':>9} {'GB/s':>6} {'of rate':>7} {'sash is x faster':>17} "
+        f"{'cache MB':>9} {'peak MB':>8} {'warm-up s':>9}"
+    )
+    rows = []
+    for length in options.lengths:
+        for variant in options.variants:
+            rows += measure(options, variant, length, runtime, rate)
+    changes = perplexities(options) if options.run else []
+    if not changes:
+        print("\nchange of perplexity in 8 bits: not measured; give a trained --run")
+    save(
+        options.json,
+        {
+            "device": runtime.why,
+            "options": str(options),
+            "memory_bytes_per_s": rate,
+            "rows": rows,
+            "perplexity": changes,
+        },
+    )
+    if options.plot:
+        plot(rows, options.plot)
+
+
+def measure(options: Options, variant: Variant, length: int, runtime: Runtime, rate: float) -> list[dict[str, Any]]:
+    """A row for each candidate, which take turns."""
+    config = options.config(variant)
+    candidates: dict[str, Any] = {}
+    for weights in options.weights:
+        for kept in options.cache_dtype:
+            marks = [f"int8 {name}" for name, x in (("weights", weights), ("cache", kept)) if x == "int8"]
+            name = ", ".join(["sash", *marks])
+            candidates[name] = Ours(options, config, runtime, length, weights, kept)
+    makers = {
+        "transformers": lambda: Transformers(options, config, runtime, length, static=False),
+        "transformers-static": lambda: Transformers(options, config, runtime, length, static=True),
+        "concat": lambda: Concatenated(options, config, runtime, length),
+    }
+    candidates |= {name: makers[name]() for name in options.peer}
+    warm_up: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.inference_mode():
+        for turn in range(1 + options.rounds):
+            for name, candidate in candidates.items():
+                candidate.prepare()
+                start = time.perf_counter()
+                candidate(options.new_tokens if turn else WARM_UP)
+                runtime.synchronize()
+                took = time.perf_counter() - start
+                if turn == 0:
+                    warm_up[name] = took
+                else:
+                    seconds[name].append(took / (options.new_tokens * options.batch_size))
+    rows = []
+    for name, candidate in candidates.items():
+        per_token = statistics.median(seconds[name])
+        row: dict[str, Any] = {
+            "length": length,
+            "attention": variant,
+            "name": name,
+            "tokens_per_s": 1 / per_token,
+            "sash_times_faster": statistics.median(
+                a / b for a, b in zip(seconds[name], seconds[next(iter(candidates))], strict=True)
+            ),
+            "warm_up_s": warm_up[name],
+            "cache_bytes": candidate.cache_bytes,
+        }
+        if isinstance(candidate, Ours):
+            stored = candidate.held()[0].dtype
+            predicted = cost.cache_bytes(
+                config, length + options.new_tokens, batch_size=options.batch_size, dtype=stored
+            )
+            assert candidate.cache_bytes == predicted, f"{candidate.cache_bytes} bytes of cache, predicted {predicted}"
+            kv = cost.read_bytes(config, length, length + options.new_tokens, stored) / options.new_tokens
+            row["read_bytes_per_token"] = kv + step_bytes(candidate.model) / options.batch_size
+            row["bytes_per_s"] = row["read_bytes_per_token"] / per_token
+            row["share_of_memory_rate"] = row["bytes_per_s"] / rate
+        candidate.prepare()
+        with torch.inference_mode(), measure_peak(runtime.device, candidate.held()) as peak:
+            candidate(WARM_UP)
+        row["peak_bytes_above_weights"], row["peak_method"] = peak.bytes, peak.method
+        rows.append(row)
+        print(line(row), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    read = f"{row['bytes_per_s'] / 1e9:6.1f} {row['share_of_memory_rate']:7.2f}" if "bytes_per_s" in row else f"{'':14}"
+    peak = math.nan if row["peak_bytes_above_weights"] is None else row["peak_bytes_above_weights"] / 1e6
+    return (
+        f"{row['length']:7} {row['attention']:9} {row['name']:27} {row['tokens_per_s']:9.1f} {read} "
+        f"{row['sash_times_faster']:17.2f} {row['cache_bytes'] / 1e6:9.1f} {peak:8.1f} {row['warm_up_s']:9.1f}"
+    )
+
+
+def perplexities(options: Options) -> list[dict[str, Any]]:
+    """Of a trained run, streamed through its cache: as it is, with weights, with a cache, with both in 8 bits."""
+    from model.streaming import streamed_losses
+    from scripts.probes.subject import open_subject
+
+    assert options.run is not None
+    found: list[dict[str, Any]] = []
+    for weights, kept in ((None, None), ("weights", None), (None, "cache"), ("weights", "cache")):
+        subject = open_subject(options.run, "best", device=options.device, dtype=options.dtype)
+        source = subject.tokens(None, None)
+        n = min(options.tokens, source.n_tokens - 1)
+        ids = torch.from_numpy(source.read(0, n + 1).astype("int64")).to(subject.runtime.device)
+        model = subject.model.to(subject.runtime.dtype)
+        if weights:
+            quantize(model)
+        losses = streamed_losses(model, ids, subject.runtime, cache_dtype=torch.int8 if kept else None)
+        name = " and ".join(x for x in (weights, kept) if x)
+        perplexity = math.exp(losses.double().mean().item())
+        found.append({"int8": name or "nothing", "perplexity": perplexity, "n_tokens": n, "run": options.run.name})
+    print(f"\nperplexity of {options.run} on {found[0]['n_tokens']} validation tokens, streamed")
+    for row in found:
+        change = row["perplexity"] / found[0]["perplexity"] - 1
+        print(f"  int8: {row['int8']:18} {row['perplexity']:9.4f} ({change:+.3%})")
+    return found
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed and cache against length, on log axes."""
+    figure, (speed, memory) = new_figure("tokens of text", ["tokens per second", "cache, MB"])
+    for key in dict.fromkeys((row["attention"], row["name"]) for row in rows):
+        curve = [row for row in rows if (row["attention"], row["name"]) == key]
+        lengths, ours = [row["length"] for row in curve], key[1].startswith("sash")
+        style = {"ms": 3, "marker": "o", "ls": "-" if ours else ":", "label": f"{key[0]}, {key[1]}"}
+        speed.semilogx(lengths, [row["tokens_per_s"] for row in curve], **style)
+        memory.loglog(lengths, [row["cache_bytes"] / 1e6 for row in curve], **style)
+    lengths = sorted({row["length"] for row in rows})
+    for axes in (speed, memory):
+        axes.set_xticks(lengths, [f"{n / 1024:g}k" if n >= 1024 else str(n) for n in lengths])
+        axes.minorticks_off()
+    speed.set_ylim(bottom=0)
+    speed.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=144)
+    print(path)

@@ -1,0 +1,125 @@
+"""The same network decoded otherwise: by transformers, and with a cache that a torch.cat grows.
+
+Dimensions: B batch, K KV heads, S keys kept, T incoming tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from model.cache import Cache
+from model.config import ModelConfig
+from model.device import Runtime
+from model.gpt import GPT
+from model.step import Step
+from scripts.convert.families import attention_of
+from scripts.convert.fit import fitting
+
+if TYPE_CHECKING:
+    from scripts.bench.decode import Options
+
+
+class Grown:
+    """Keys and values of one layer as simple programs keep them: a new tensor for every token, cut to the window."""
+
+    max_length = None
+
+    def __init__(self, k: Tensor, v: Tensor, window: int | None):
+        self.k, self.v, self.window = k, v, window  # (B, K, S, D)
+
+    def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        self.k, self.v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        if self.window is not None:
+            self.k, self.v = self.k[:, :, -self.window :], self.v[:, :, -self.window :]
+        end = step.past_bound + step.pos.shape[1]
+        return self.k, self.v, torch.arange(end - self.k.shape[2], end, device=k.device)[None]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.k, self.v]
+
+
+class Concatenated:
+    """Our network, plain, with such a cache of random keys."""
+
+    def __init__(self, options: Options, config: ModelConfig, runtime: Runtime, length: int):
+        self.config, self.runtime, self.length = config, runtime, length
+        torch.manual_seed(0)
+        self.model, self.B = GPT(config).to(runtime.device, runtime.dtype).eval(), options.batch_size
+
+    def prepare(self) -> None:
+        layers = []
+        for i in range(self.config.n_layer):
+            spec, past = attention_of(self.config, i), self.length - 1
+            kept = past if spec.window is None else min(past, spec.window)
+            shape = (self.B, spec.n_kv_head, kept, spec.head_dim)
+            k, v = (torch.randn(shape, device=self.runtime.device, dtype=self.runtime.dtype) for _ in "kv")
+            layers.append(Grown(k, v, spec.window))
+        self.cache = Cache(layers, self.B, self.runtime.device)  # type: ignore[arg-type]
+        self.cache.pos.fill_(past)
+        self.cache.length = past
+
+    def __call__(self, n: int) -> None:
+        token = torch.zeros(self.B, 1, dtype=torch.long, device=self.runtime.device)
+        for _ in range(n):
+            token = self.model(token, cache=self.cache)[:, -1].argmax(dim=-1, keepdim=True)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache.nbytes
+
+    def held(self) -> list[Tensor]:
+        return [x for layer in self.cache.layers for x in layer.tensors()]
+
+
+class Transformers:
+    """The class of transformers that has this shape, its caches filled with random keys."""
+
+    def __init__(self, options: Options, config: ModelConfig, runtime: Runtime, length: int, *, static: bool):
+        import transformers
+
+        family = fitting(config)
+        theirs = transformers.AutoConfig.for_model(family.model_type, **family.theirs(config))
+        theirs._attn_implementation = "sdpa"
+        theirs.sliding_window = theirs.sliding_window or config.block_size  # asked for where no layer slides too
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+        self.model = model.to(runtime.device, runtime.dtype).eval()
+        self.config, self.runtime, self.length, self.static = config, runtime, length, static
+        self.n, self.B = options.new_tokens, options.batch_size
+        self.forward = torch.compile(self.model.forward) if static else self.model.forward
+
+    def prepare(self) -> None:
+        import transformers
+
+        past = self.length - 1
+        if self.static:
+            kind = {"max_cache_len": self.length + self.n}
+            self.cache: Any = transformers.StaticCache(config=self.model.config, **kind)
+        else:
+            self.cache = transformers.DynamicCache(config=self.model.config)
+        for i in range(self.config.n_layer):
+            spec = attention_of(self.config, i)
+            shape = (self.B, spec.n_kv_head, past, spec.head_dim)
+            k, v = (torch.randn(shape, device=self.runtime.device, dtype=self.runtime.dtype) for _ in "kv")
+            self.cache.update(k, v, i)
+
+    def __call__(self, n: int) -> None:
+        token = torch.zeros(self.B, 1, dtype=torch.long, device=self.runtime.device)
+        for i in range(n):
+            position = torch.full((1, 1), self.length - 1 + i, device=self.runtime.device)
+            out = self.forward(input_ids=token, past_key_values=self.cache, position_ids=position, use_cache=True)
+            token = out.logits[:, -1].argmax(dim=-1, keepdim=True)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(x.nbytes for x in self.held())
+
+    def held(self) -> list[Tensor]:
+        return [x for layer in self.cache.layers for x in (layer.keys, layer.values)]

@@ -1,0 +1,164 @@
+"""Compiled steps of decoding against plain ones: the same logits and the same text, for whatever a layer may be."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import (
+    assert_equal,
+    by_kind,
+    designs,
+    logits_in_chunks,
+    logits_ragged,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import decode
+from model.gpt import GPT
+from model.mixers import MIXERS
+from model.sampling import Sampler, stream
+
+T = 13
+SPARSE = {"sparse_block": 3, "n_summary": 1, "star_context": 8, "head_windows": (2, 5)}
+KINDS = {kind: {"pattern": kind, "window": 4, "n_sink": 1, **SPARSE} for kind in MIXERS}
+SHAPED = {
+    "alibi": {"position": by_kind("none", swa="alibi", full="alibi"), "pattern": "swa full", "window": 4},
+    "shaped": {"attn_softcap": 1.5, "sink_logit": True, "attn_gate": "head", "logit_softcap": 2.0},
+    "in-cache": {"pattern": "swa", "window": 3, "n_sink": 2, "rope_in_cache": True},
+    "biases": {"bias": True, "norm": "layernorm", "mlp": "gelu", "position": "learned", "block_size": 40},
+}
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The arithmetic of compiled steps, as it is written."""
+    monkeypatch.setattr(decode, "compiled", lambda function: function)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Assert that steps run as the compiler sees them equal plain ones, and how often it had to look."""
+    torch._dynamo.reset()
+    seen = []
+    look = lambda graph, inputs: seen.append(graph) or decode.with_sums(graph).forward
+    layer = torch.compile(decode._layer, fullgraph=True, backend=look)
+    monkeypatch.setattr(decode, "compiled", lambda function: layer if function is decode._layer else function)
+
+    @torch.no_grad()
+    def check(design: dict, *, ragged: bool = False) -> None:
+        model, idx = tiny_model(tiny_config(**design)), random_tokens(3, 2 * T)
+        lengths = torch.tensor([2, 3, 1]) if ragged else None
+        logits = []
+        for model.fused in (False, True):
+            cache = model.new_cache(3, 2 * T)
+            model(idx[:, :3], cache=cache, lengths=lengths)
+            logits.append([model(column, cache=cache) for column in idx[:, 3:].split(1, dim=1)])
+        assert_equal(torch.cat(logits[1]), torch.cat(logits[0]), 1e-10)
+        assert len(seen) == len({block.mixer.spec for block in model.h})
+
+    return check
+
+
+def fused(model: GPT) -> GPT:
+    model.fused = True
+    return model
+
+
+def text(model: GPT, n: int, *, prompts: Tensor, sampler: Sampler, **options) -> list[list[int]]:
+    """n tokens after each prompt."""
+    cache = model.new_cache(len(prompts), prompts.shape[1] + n)
+    return [
+        token.tolist() for _, token in zip(range(n), stream(model, cache, prompts, sampler, **options), strict=False)
+    ]
+
+
+@settings(max_examples=25)
+@given(design=designs, n_prompt=st.integers(1, 9), batch_size=st.sampled_from([1, 3, 7]))
+def test_one_token_at_a_time_equals_the_plain_pass(design, n_prompt, batch_size):
+    model, idx = tiny_model(tiny_config(**design)), random_tokens(batch_size, 2 * T)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "compiled", lambda function: function)
+        got = logits_in_chunks(fused(model), idx, [n_prompt] + [1] * 2 * T)
+    with torch.no_grad():
+        assert_equal(got, model(idx), 1e-10)
+
+
+@settings(max_examples=25)
+@given(design=designs, prompts=st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_rows_at_different_places_equal_single_rows(design, prompts):
+    model, rows = fused(tiny_model(tiny_config(**design))), random_tokens(3, 2 * T)
+    cache = model.new_cache(3, 2 * T)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "compiled", lambda function: function)
+        logits_ragged(model, list(rows), [prompts], cache)
+        n = 2 * T - max(prompts)
+        tails = torch.stack([row[p : p + n] for row, p in zip(rows, prompts, strict=True)])
+        decoded = logits_in_chunks(model, tails, [1] * n, cache)
+    for row, p, tail in zip(rows, prompts, decoded, strict=True):
+        assert_equal(tail, model(row[None, : p + n])[0, p:].detach(), 1e-10)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_every_kind_of_layer_is_traced_once_for_all_lengths(traced, kind):
+    traced(KINDS[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPED)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_every_shape_of_scores_is_traced_once_for_all_lengths(traced, shape, ragged):
+    traced(SHAPED[shape], ragged=ragged)
+
+
+def test_rows_at_different_places_are_traced_once_for_all_lengths(traced):
+    traced(KINDS["swa"], ragged=True)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_compiled_steps_equal_the_plain_pass():
+    model = fused(tiny_model(tiny_config(pattern="swa", n_layer=1, window=5, n_sink=1), dtype=torch.float32))
+    idx = random_tokens(2, 3 * T)
+    assert_equal(logits_in_chunks(model, idx, [4] + [1] * 40), model(idx), 1e-4)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("design", (KINDS | SHAPED).values(), ids=(KINDS | SHAPED).keys())
+@torch.no_grad()
+def test_compiled_steps_of_every_kind_of_layer_equal_the_plain_pass(design):
+    model, idx = fused(tiny_model(tiny_config(**design))), random_tokens(3, 2 * T)
+    assert_equal(logits_in_chunks(model, idx, [7] + [1] * 40), model(idx), 1e-10)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("sampler", [Sampler(temperature=0), Sampler(seed=3), Sampler(repetition_penalty=1.3)])
+def test_the_text_is_that_of_the_plain_pass(sampler):
+    model, prompts = tiny_model(tiny_config(pattern="swa full", window=5, n_sink=1)), random_tokens(2, 4)
+    options = {"prompts": prompts, "sampler": sampler, "n_samples": 2}
+    plain = text(model, 40, **options)
+    assert text(fused(model), 40, **options) == plain
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_products_of_few_rows_are_those_of_all(rows):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(20, 7, dtype=torch.float64), torch.randn(rows, 1, 20, dtype=torch.float64)
+    assert_equal(decode.sums(x, linear.weight, linear.bias), linear(x))
+
+
+def test_a_prompt_is_read_by_the_plain_pass(monkeypatch):
+    called = []
+    monkeypatch.setattr(decode, "compiled", lambda function: called.append(function) or function)
+    model = fused(tiny_model(tiny_config()))
+    cache = model.new_cache(2, 20)
+    with torch.no_grad():
+        model(random_tokens(2, 4), cache=cache)
+        model(random_tokens(2, 3), cache=cache)
+    assert called == []
