@@ -15,6 +15,7 @@ the learned one, L keys of the band.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def tiles(
     Scores are products times scale (none: 1 / sqrt(D)), capped, less slopes (H,) times the distance; sink_logit (H,)
     joins the softmax's denominator.
     """
-    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, sink_logit)
+    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, slopes, sink_logit)
     out = torch.empty_like(q)
     for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
         for tile in tiling:
@@ -68,7 +69,7 @@ def tiles_backward(
     sink_logit: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sink_logit; probabilities are computed again, a tile at a time (the idea of 2205.14135)."""
-    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, sink_logit)
+    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, slopes, sink_logit)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     dsink = q.new_zeros(0) if sink_logit is None else torch.zeros_like(sink_logit)
     per_head = [slopes, sink_logit, None if sink_logit is None else dsink]
@@ -198,10 +199,12 @@ class _Tiling:
         window: int,
         n_sink: int,
         block: int,
-        scale: float | None,
-        softcap: float | None,
-        sink_logit: Tensor | None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        _slopes: Tensor | None = None,
+        sink_logit: Tensor | None = None,
     ) -> "_Tiling":
+        """As the operators are called."""
         T, D = q.shape[2:]
         return cls(T, window, n_sink, block, D**-0.5 if scale is None else scale, softcap, sink_logit is not None)
 
@@ -280,29 +283,17 @@ def block_size(window: int, dtype: torch.dtype) -> int:
     return 64
 
 
-def work_bytes(
-    q: Tensor,
-    k: Tensor,
-    window: int,
-    n_sink: int,
-    block: int,
-    scale: float | None = None,
-    softcap: float | None = None,
-    slopes: Tensor | None = None,
-    sink_logit: Tensor | None = None,
-    *,
-    backward: bool,
-) -> int:
-    """What a call holds beside its arguments and results, of shapes alone."""
+def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
+    """What a call holds beside its arguments and results, of shapes alone; `numbers` follow v among them."""
     (B, H, _, D), K = q.shape, k.shape[1]
-    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, sink_logit)
+    tiling = _Tiling.of(q, *numbers)
     rows, heads = tiling.part(B, K, H // K, q.element_size())
     largest = max((tile.stop - tile.start) * (tile.n_before + tile.stop - tile.low) for tile in tiling)
     scores = rows * heads * (H // K) * largest * q.element_size()
     sums = rows * heads * tiling.keys_of_tile * D * max(4, q.element_size())
     if not backward:
         return 2 * scores
-    return (2 + (softcap is not None)) * scores + sums * (4 if q.element_size() < 4 else 2)
+    return (2 + (tiling.softcap is not None)) * scores + sums * (4 if q.element_size() < 4 else 2)
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:

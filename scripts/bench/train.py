@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from configs.load import load
 from model import cost
 from model.config import ModelConfig
-from model.device import DType, Runtime, Switch, compile_blocks, matmul_rate, resolve
+from model.device import Runtime, Switch, compile_blocks, matmul_rate, resolve
 from model.gpt import GPT
 from model.memory import measure_peak, training_tensors
 from model.optim import Optimizers
 from scripts.bench.peers import transformers_twin
-from scripts.bench.timing import ratio, refuse_unfused, save, take_turns
+from scripts.bench.timing import Measured, ratio, refuse_unfused, save, take_turns
 from scripts.memory import with_known_vocabulary
 
 Peer = Literal["transformers", "plain", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(Measured):
     """What to train, and beside whom. The text is random, the optimizer AdamW for all."""
 
     config: Path = Path("configs/gpt2.toml")
@@ -41,16 +41,8 @@ class Options:
     peer: tuple[Peer, ...] = ()
     """transformers: the same shape there, compiled; plain: as simple trainers do on a CPU, float32, eager, the whole
     logits, windows as masks; full: our own with every layer full."""
-    dtype: DType = "auto"
-    """Of the matrix products."""
     compile: Switch = "off"
     """Whether our layers are compiled."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    rounds: int = 3
-    """Rounds of which the median counts."""
-    json: Path | None = None
-    """Write the figures here."""
 
 
 class Candidate:
@@ -106,7 +98,7 @@ def train(options: Options) -> None:
             f"{name:13} {row['tokens_per_s']:9.0f} {row['mfu']:6.3f} {row['sash_times_faster']:17.2f} "
             f"{(peak.bytes or 0) / 1e6:9.0f}  {candidate.kernel}"
         )
-    save(options.json, {"device": runtime.why, "options": str(options), "matmul_flops_per_s": rate, "rows": rows})
+    save(options, runtime, matmul_flops_per_s=rate, rows=rows)
 
 
 def ours(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
