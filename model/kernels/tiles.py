@@ -13,6 +13,7 @@ Dimensions: B batch, H query heads, K KV heads, R = H / K, T time, D head_dim, b
 the learned one, L keys of the band.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from model.visible import sees
 
+ALIGN = 32  # keys of a tile are a multiple of this: vectors without a rest
 TILE_BYTES = 4 << 20  # of scores that exist at a time: batch and heads go in parts of this size
 
 
@@ -45,12 +47,13 @@ def tiles(
     joins the softmax's denominator.
     """
     tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, slopes, sink_logit)
-    out = torch.empty_like(q)
+    out, room = torch.empty_like(q), _Room(q)
     for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
         for tile in tiling:
-            p = tiling.probabilities(tile, tiling.scores(tile, q_, k_), *heads)  # (N, R b, S + L)
-            tile.set_queries(out_, torch.bmm(p, tile.keys(v_)))
-            del p  # before the next tile has its own
+            rows = room.queries("q", tile, q_, tiling.scale)
+            scores = tiling.scores(rows, room.keys("keys", tile, k_), room)  # (N, R b, S + L)
+            p = tiling.probabilities(tile, scores, *heads, room)
+            room.put(out_, tile, room.product("q", p, room.keys("keys", tile, v_)))
     return out
 
 
@@ -72,27 +75,25 @@ def tiles_backward(
     tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, slopes, sink_logit)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     dsink = q.new_zeros(0) if sink_logit is None else torch.zeros_like(sink_logit)
-    per_head = [slopes, sink_logit, None if sink_logit is None else dsink]
+    per_head, room = [slopes, sink_logit, None if sink_logit is None else dsink], _Room(q)
     for (dq_, grad_, q_), (dk_, dv_, k_, v_), heads in tiling.parts([dq, grad, q], [dk, dv, k, v], per_head):
         *heads, dsink_ = heads
-        sum_k, sum_v = _KeySums(dk_, tiling), _KeySums(dv_, tiling)
+        sum_k, sum_v = _KeySums(dk_, tiling, room), _KeySums(dv_, tiling, room)
         for tile in tiling:
-            scores = tiling.scores(tile, q_, k_)
-            slope = None if softcap is None else 1 - (scores / softcap).square_()
-            p = tiling.probabilities(tile, scores, *heads)  # (N, R b, S + L)
-            del scores
-            dout = tile.queries(grad_)  # (N, R b, D)
-            sum_v.add(tile, torch.bmm(p.transpose(1, 2), dout))
-            ds = _softmax_backward(torch.bmm(dout, tile.keys(v_).transpose(1, 2)), p)
+            rows, dout = room.queries("q", tile, q_, tiling.scale), room.queries("dout", tile, grad_)  # (N, R b, D)
+            keys = room.keys("keys", tile, k_)
+            scores = tiling.scores(rows, keys, room)  # (N, R b, S + L)
+            slope = tiling.slope(scores, room)
+            p = tiling.probabilities(tile, scores, *heads, room)
+            sum_v.add(tile, room.product("values", p.mT, dout))
+            ds = room.product("scores", dout, room.keys("values", tile, v_).mT)
+            ds = _softmax_backward(ds, p)
             if dsink_ is not None:
                 dsink_ += tile.by_head(ds[..., 0], dsink_).sum(dim=(0, 3), dtype=dsink_.dtype)
             if slope is not None:
                 ds *= slope
-            del p, slope
-            ds *= tiling.scale
-            tile.set_queries(dq_, torch.bmm(ds, tile.keys(k_)))
-            sum_k.add(tile, torch.bmm(ds.transpose(1, 2), tile.queries(q_)))
-            del ds
+            sum_k.add(tile, room.product("values", ds.mT, rows))
+            room.put(dq_, tile, room.product("q", ds, keys), tiling.scale)
         sum_k.finish()
         sum_v.finish()
     return dq, dk, dv, dsink
@@ -113,24 +114,6 @@ class _Tile:
         """Columns before the band."""
         return self.n_sink + self.learned
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Its rows of (B, K, R, T, D) -> (N, R b, D), N = B K: the query heads of a KV head share its keys."""
-        return x[:, :, :, self.start : self.stop].reshape(len(x) * x.shape[1], -1, x.shape[-1])
-
-    def set_queries(self, x: Tensor, rows: Tensor) -> None:
-        """Put (N, R b, D) where `queries` takes it from."""
-        place = x[:, :, :, self.start : self.stop]
-        place.copy_(rows.view(place.shape))
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Its rows of (B, K, T, D) -> (N, S + L, D): the sinks, then the band."""
-        keys = x[:, :, self.low : self.stop]
-        if self.n_sink:
-            keys = torch.cat((x[:, :, : self.n_sink], keys), dim=2)
-        if self.learned:
-            keys = F.pad(keys, (0, 0, 1, 0))
-        return keys.flatten(0, 1)
-
     def by_head(self, x: Tensor, like: Tensor) -> Tensor:
         """(N, R b, ...) -> (B, K, R, b, ...), for what is (K, R) `like` this."""
         return x.view(-1, *like.shape, self.stop - self.start, *x.shape[2:])
@@ -142,41 +125,92 @@ class _Tile:
         return (F.pad(back, (1, 0)) if self.learned else back).to(like.dtype)
 
 
+class _Room:
+    """Memory that tiles use one after the other: were each product's new, its page faults would cost as much as it."""
+
+    def __init__(self, like: Tensor):
+        self.like = like
+        self.packs = like.element_size() < 4  # a CPU multiplies half types in one piece, and would copy at each product
+        self.free = ["sums 1", "sums 2", "sums 3"]  # where sums of keys are not
+        self._flat: dict[str, Tensor] = {}
+        self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """What has this name, of this shape, uninitialised."""
+        views = self._views.setdefault(name, {})
+        if shape not in views:
+            n = math.prod(shape)
+            if name not in self._flat or self._flat[name].numel() < n:
+                views.clear()
+                self._flat.pop(name, None)  # before the larger one is there
+                self._flat[name] = self.like.new_empty(n, dtype=dtype)
+            views[shape] = self._flat[name][:n].view(shape)
+        return views[shape]
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """(N, n, m) of (N, n, i) and (N, i, m)."""
+        return torch.bmm(a, b, out=self.take(name, len(a), a.shape[1], b.shape[2]))
+
+    def queries(self, name: str, tile: _Tile, x: Tensor, scale: float = 1.0) -> Tensor:
+        """The tile's rows of (B, K, R, T, D) -> (N, R b, D), N = B K: the query heads of a KV head share its keys."""
+        rows = x[:, :, :, tile.start : tile.stop]
+        if scale != 1 or self.packs:
+            rows = torch.mul(rows, scale, out=self.take(name, *rows.shape))
+        return rows.reshape(rows.shape[0] * rows.shape[1], -1, rows.shape[4])
+
+    def put(self, x: Tensor, tile: _Tile, rows: Tensor, scale: float = 1.0) -> None:
+        """(N, R b, D) to where `queries` takes it from."""
+        place = x[:, :, :, tile.start : tile.stop]
+        torch.mul(rows.view(place.shape), scale, out=place)
+
+    def keys(self, name: str, tile: _Tile, x: Tensor) -> Tensor:
+        """The tile's rows of (B, K, T, D) -> (N, S + L, D): the sinks, then the band."""
+        if not (self.packs or tile.n_before):
+            return x[:, :, tile.low : tile.stop].flatten(0, 1)
+        kept = self.take(name, *x.shape[:2], tile.n_before + tile.stop - tile.low, x.shape[3])
+        if tile.learned:
+            kept[:, :, 0] = 0
+        if tile.n_sink:
+            kept[:, :, tile.learned : tile.n_before].copy_(x[:, :, : tile.n_sink])
+        (kept[:, :, tile.n_before :] if tile.n_before else kept).copy_(x[:, :, tile.low : tile.stop])
+        return kept.flatten(0, 1)
+
+
 class _KeySums:
     """Sums over tiles in float32: of a half type, no more of them is kept than later tiles still add to."""
 
-    def __init__(self, out: Tensor, tiling: "_Tiling"):
-        self.out = out  # (B, K, T, D)
-        self.tiling = tiling
+    def __init__(self, out: Tensor, tiling: "_Tiling", room: _Room):
+        self.out, self.room, self.name = out, room, room.free.pop()  # (B, K, T, D)
         self.dtype = torch.promote_types(out.dtype, torch.float32)
-        self.open = out.new_empty((), dtype=self.dtype)  # (B, K, L, D) sums of the keys that end at `stop`
-        self.stop = 0
+        self.open = out.new_empty(*out.shape[:2], 0, out.shape[3], dtype=self.dtype)  # of the keys before the last tile
         self.sinks = out.new_zeros(*out.shape[:2], min(tiling.n_sink, tiling.T), out.shape[3], dtype=self.dtype)
 
     def add(self, tile: _Tile, x: Tensor) -> None:
         """x (N, S + L, D) to the keys of the tile."""
-        x = x.view(*self.out.shape[:2], *x.shape[1:])
-        band = x[:, :, tile.n_before :]
+        x = x.unflatten(0, self.out.shape[:2])
         if tile.n_sink:
             self.sinks[:, :, : tile.n_sink] += x[:, :, tile.learned : tile.n_before]
-        n_old = self.stop - tile.low  # keys that earlier tiles have added to
+        band, n_old = x[:, :, tile.n_before :], self.open.shape[2]
+        n_new = band.shape[2] - n_old  # keys that no tile has added to
         if self.out.dtype == self.dtype:
-            self.out[:, :, tile.low : self.stop] += band[:, :, :n_old]
-            self.out[:, :, self.stop : tile.stop] = band[:, :, n_old:]
+            self.out[:, :, tile.low : tile.low + n_new].copy_(band[:, :, :n_new])
+            self.out[:, :, tile.low + n_new : tile.stop].add_(band[:, :, n_new:])
+            self.open = self.out[:, :, tile.low : tile.start]
         else:
-            band = band.to(self.dtype)
+            spare = self.room.free.pop()
+            sums = self.room.take(spare, *band.shape, dtype=self.dtype)
+            self.room.free.append(self.name)
+            self.name = spare
+            sums.copy_(band)
             if n_old:
-                band[:, :, :n_old] += self.open[:, :, -n_old:]
-            del self.open  # before the next one is made
-            n_done = max(0, tile.stop - self.tiling.window + 1) - tile.low  # no later tile reaches them
-            n_done = band.shape[2] if tile.stop == self.tiling.T else n_done
-            self.out[:, :, tile.low : tile.low + n_done] = band[:, :, :n_done]
-            self.open = band[:, :, n_done:].clone()
-        self.stop = tile.stop
+                sums[:, :, n_new:].add_(self.open)
+            self.open, done = sums.split((tile.start - tile.low, tile.stop - tile.start), dim=2)
+            self.out[:, :, tile.start : tile.stop].copy_(done)  # no later tile reaches them
 
     def finish(self) -> None:
         """Add what the sinks received beside the band."""
         self.out[:, :, : self.sinks.shape[2]] += self.sinks
+        self.room.free.append(self.name)
 
 
 @dataclass(slots=True)
@@ -190,7 +224,7 @@ class _Tiling:
     scale: float
     softcap: float | None
     learned: bool
-    _masks: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # the last ones
 
     @classmethod
     def of(
@@ -209,8 +243,9 @@ class _Tiling:
         return cls(T, window, n_sink, block, D**-0.5 if scale is None else scale, softcap, sink_logit is not None)
 
     def __iter__(self) -> Iterator[_Tile]:
-        for start in range(0, self.T, self.block):
-            low = max(0, start - self.window + 1)
+        """Last queries first: a key is done with the tile whose queries stand where it does."""
+        for start in reversed(range(0, self.T, self.block)):
+            low = max(0, start - self.window + 1) // ALIGN * ALIGN
             yield _Tile(start, min(self.T, start + self.block), low, min(self.n_sink, low), self.learned)
 
     def parts(
@@ -234,37 +269,48 @@ class _Tiling:
         """How many rows and KV heads at a time."""
         tile_bytes = R * self.block * self.keys_of_tile * element_size
         heads = min(K, max(1, TILE_BYTES // tile_bytes))
+        heads = -(-K // -(-K // heads))  # parts of one size
         return min(B, max(1, TILE_BYTES // (tile_bytes * heads))), heads
 
     @property
     def keys_of_tile(self) -> int:
         return min(self.T, self.window + self.block + self.n_sink) + self.learned
 
-    def scores(self, tile: _Tile, q: Tensor, k: Tensor) -> Tensor:
-        """(N, R b, S + L): products, scaled and capped."""
-        scores = torch.bmm(tile.queries(q) * self.scale, tile.keys(k).transpose(1, 2))
+    def scores(self, rows: Tensor, keys: Tensor, room: _Room) -> Tensor:
+        """(N, R b, S + L): products, capped."""
+        scores = room.product("scores", rows, keys.mT)
         return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def probabilities(self, tile: _Tile, scores: Tensor, slopes: Tensor | None, sink_logit: Tensor | None) -> Tensor:
+    def slope(self, scores: Tensor, room: _Room) -> Tensor | None:
+        """What the cap multiplies gradients by, of capped scores."""
+        if self.softcap is None:
+            return None
+        return torch.div(scores, self.softcap, out=room.take("slope", *scores.shape)).square_().neg_().add_(1)
+
+    def probabilities(
+        self, tile: _Tile, scores: Tensor, slopes: Tensor | None, sink_logit: Tensor | None, room: _Room
+    ) -> Tensor:
         """(N, R b, S + L): the softmax over what each query sees. Overwrites the scores."""
         if slopes is not None:
             tile.by_head(scores, slopes).addcmul_(slopes[:, :, None, None], tile.distances(scores), value=-1)
         square = scores.unflatten(1, (-1, tile.stop - tile.start))  # (N, R, b, S + L), a view
         newest, oldest = self._edges(tile, scores)
-        square[..., -newest.shape[1] :] += newest
-        square[..., tile.n_before : tile.n_before + oldest.shape[1]] += oldest
+        square[..., -newest.shape[1] :].add_(newest)
+        if oldest.shape[1]:
+            square[..., tile.n_before : tile.n_before + oldest.shape[1]].add_(oldest)
         if sink_logit is not None:
             tile.by_head(scores[..., 0], sink_logit)[:] = sink_logit[:, :, None]
-        return torch.softmax(scores, dim=-1)
+        return torch.softmax(scores, dim=-1, out=room.take("p", *scores.shape))
 
     def _edges(self, tile: _Tile, like: Tensor) -> list[Tensor]:
         """Additive masks of the columns that some query of the tile does not see: its own block, and the oldest."""
         n_old = max(0, tile.stop - self.window - tile.low)
         key = (tile.stop - tile.start, n_old, max(0, self.n_sink - tile.low))
         if key not in self._masks:
-            q = torch.arange(tile.start, tile.stop, device=like.device)[:, None]
-            columns = (q.T, torch.arange(tile.low, tile.low + n_old, device=like.device)[None])
+            pos = torch.arange(tile.stop, device=like.device, dtype=torch.int32)
+            q, columns = pos[tile.start :, None], (pos[None, tile.start :], pos[None, tile.low : tile.low + n_old])
             hidden = [~sees(q, column, self.window, self.n_sink) for column in columns]
+            self._masks.clear()  # before the next ones are there
             self._masks[key] = [torch.zeros_like(h, dtype=like.dtype).masked_fill_(h, -torch.inf) for h in hidden]
         return self._masks[key]
 
@@ -279,7 +325,7 @@ def _softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
 def block_size(window: int, dtype: torch.dtype) -> int:
     """What measured fastest among those that need no more memory than fused full attention: wide ones waste pairs."""
     if dtype in (torch.bfloat16, torch.float16):
-        return 96 if window < 1024 else 256
+        return min(256, max(64, window // 4 // ALIGN * ALIGN))
     return 64
 
 
@@ -290,10 +336,13 @@ def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
     rows, heads = tiling.part(B, K, H // K, q.element_size())
     largest = max((tile.stop - tile.start) * (tile.n_before + tile.stop - tile.low) for tile in tiling)
     scores = rows * heads * (H // K) * largest * q.element_size()
-    sums = rows * heads * tiling.keys_of_tile * D * max(4, q.element_size())
+    keys = rows * heads * tiling.keys_of_tile * D * q.element_size()
+    queries = rows * heads * (H // K) * tiling.block * D * q.element_size()
+    half = q.element_size() < 4
     if not backward:
-        return 2 * scores
-    return (2 + (tiling.softcap is not None)) * scores + sums * (4 if q.element_size() < 4 else 2)
+        return 2 * scores + half * keys + queries
+    sums = 3 * keys * 4 // q.element_size() if half else 0
+    return (2 + (tiling.softcap is not None)) * scores + (1 + half) * (keys + queries) + sums
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
