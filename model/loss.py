@@ -105,9 +105,7 @@ def _loss_and_slope(
     """
     n = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    room = torch.empty(
-        2, min(n, len(logits)), logits.shape[1], dtype=wide, device=logits.device
-    )  # for all rows in turn
+    room = torch.empty(2, min(n, len(logits)), logits.shape[1], dtype=wide, device=logits.device)
     return torch.cat(
         [
             _rows(rows, goal, None if weights is None else weights[i * n : (i + 1) * n], softcap, z_loss, room)
@@ -119,6 +117,7 @@ def _loss_and_slope(
 def _rows(
     logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float, room: Tensor
 ) -> Tensor:
+    """The same of a few rows; room (2, rows or more, V) is for what lies between."""
     z, p = room[:, : len(logits)]
     z.copy_(logits)
     slope = None

@@ -74,7 +74,7 @@ def test_attention_names_the_kernel_of_every_figure(tmp_path, capsys):
 def test_training_is_measured_beside_its_peers(tmp_path, capsys):
     (tmp_path / "tiny.toml").write_text(TOML)
     file = tmp_path / "figures.json"
-    peers = ("plain", "full")
+    peers = ("plain", "full", "sdpa")
     train.train(
         train.Options(config=tmp_path / "tiny.toml", peer=peers, dtype="float32", device="cpu", rounds=1, json=file)
     )
@@ -85,7 +85,8 @@ def test_training_is_measured_beside_its_peers(tmp_path, capsys):
     assert list(rows) == ["sash", *peers]
     assert rows["sash"]["kernel"] == "swa tiles, full sdpa-causal"
     assert rows["plain"]["kernel"] == "swa masked, full masked, float32"
-    assert rows["full"]["kernel"] == "full sdpa-causal"
+    assert rows["full"]["kernel"] == rows["sdpa"]["kernel"] == "full sdpa-causal"
+    assert all(row["first_step_s"] > 0 for row in rows.values())
     assert rows["sash"]["sash_times_faster"] == 1
     assert "MFU" in capsys.readouterr().out
 

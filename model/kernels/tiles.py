@@ -13,15 +13,14 @@ Dimensions: B batch, H query heads, K KV heads, R = H / K, T time, D head_dim, b
 the learned one, L keys of the band.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels.room import KeySums, Room, Tile
 from model.visible import sees
 
 ALIGN = 32  # keys of a tile are a multiple of this: vectors without a rest
@@ -47,12 +46,12 @@ def tiles(
     joins the softmax's denominator.
     """
     tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, slopes, sink_logit)
-    out, room = torch.empty_like(q), _Room(q)
+    out, room = torch.empty_like(q), Room(q)
     for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
         for tile in tiling:
             rows = room.queries("q", tile, q_, tiling.scale)
             scores = tiling.scores(rows, room.keys("keys", tile, k_), room)  # (N, R b, S + L)
-            p = tiling.probabilities(tile, scores, *heads, room)
+            p = tiling.probabilities(tile, scores, room, *heads)
             room.put(out_, tile, room.product("q", p, room.keys("keys", tile, v_)))
     return out
 
@@ -75,16 +74,16 @@ def tiles_backward(
     tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, slopes, sink_logit)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     dsink = q.new_zeros(0) if sink_logit is None else torch.zeros_like(sink_logit)
-    per_head, room = [slopes, sink_logit, None if sink_logit is None else dsink], _Room(q)
+    per_head, room = [slopes, sink_logit, None if sink_logit is None else dsink], Room(q)
     for (dq_, grad_, q_), (dk_, dv_, k_, v_), heads in tiling.parts([dq, grad, q], [dk, dv, k, v], per_head):
         *heads, dsink_ = heads
-        sum_k, sum_v = _KeySums(dk_, tiling, room), _KeySums(dv_, tiling, room)
+        sum_k, sum_v = KeySums(dk_, n_sink, room), KeySums(dv_, n_sink, room)
         for tile in tiling:
             rows, dout = room.queries("q", tile, q_, tiling.scale), room.queries("dout", tile, grad_)  # (N, R b, D)
             keys = room.keys("keys", tile, k_)
             scores = tiling.scores(rows, keys, room)  # (N, R b, S + L)
             slope = tiling.slope(scores, room)
-            p = tiling.probabilities(tile, scores, *heads, room)
+            p = tiling.probabilities(tile, scores, room, *heads)
             sum_v.add(tile, room.product("values", p.mT, dout))
             ds = room.product("scores", dout, room.keys("values", tile, v_).mT)
             ds = _softmax_backward(ds, p)
@@ -97,120 +96,6 @@ def tiles_backward(
         sum_k.finish()
         sum_v.finish()
     return dq, dk, dv, dsink
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Queries start to stop over keys low to stop and, before those, the first n_sink; first of all the learned one."""
-
-    start: int
-    stop: int
-    low: int
-    n_sink: int
-    learned: bool
-
-    @property
-    def n_before(self) -> int:
-        """Columns before the band."""
-        return self.n_sink + self.learned
-
-    def by_head(self, x: Tensor, like: Tensor) -> Tensor:
-        """(N, R b, ...) -> (B, K, R, b, ...), for what is (K, R) `like` this."""
-        return x.view(-1, *like.shape, self.stop - self.start, *x.shape[2:])
-
-    def distances(self, like: Tensor) -> Tensor:
-        """(b, S + L) from each query back to each key; to the learned sink none."""
-        pos = torch.arange(self.stop, device=like.device)
-        back = pos[self.start :, None] - torch.cat((pos[: self.n_sink], pos[self.low :]))
-        return (F.pad(back, (1, 0)) if self.learned else back).to(like.dtype)
-
-
-class _Room:
-    """Memory that tiles use one after the other: were each product's new, its page faults would cost as much as it."""
-
-    def __init__(self, like: Tensor):
-        self.like = like
-        self.packs = like.element_size() < 4  # a CPU multiplies half types in one piece, and would copy at each product
-        self.free = ["sums 1", "sums 2", "sums 3"]  # where sums of keys are not
-        self._flat: dict[str, Tensor] = {}
-        self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}
-
-    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """What has this name, of this shape, uninitialised."""
-        views = self._views.setdefault(name, {})
-        if shape not in views:
-            n = math.prod(shape)
-            if name not in self._flat or self._flat[name].numel() < n:
-                views.clear()
-                self._flat.pop(name, None)  # before the larger one is there
-                self._flat[name] = self.like.new_empty(n, dtype=dtype)
-            views[shape] = self._flat[name][:n].view(shape)
-        return views[shape]
-
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """(N, n, m) of (N, n, i) and (N, i, m)."""
-        return torch.bmm(a, b, out=self.take(name, len(a), a.shape[1], b.shape[2]))
-
-    def queries(self, name: str, tile: _Tile, x: Tensor, scale: float = 1.0) -> Tensor:
-        """The tile's rows of (B, K, R, T, D) -> (N, R b, D), N = B K: the query heads of a KV head share its keys."""
-        rows = x[:, :, :, tile.start : tile.stop]
-        if scale != 1 or self.packs:
-            rows = torch.mul(rows, scale, out=self.take(name, *rows.shape))
-        return rows.reshape(rows.shape[0] * rows.shape[1], -1, rows.shape[4])
-
-    def put(self, x: Tensor, tile: _Tile, rows: Tensor, scale: float = 1.0) -> None:
-        """(N, R b, D) to where `queries` takes it from."""
-        place = x[:, :, :, tile.start : tile.stop]
-        torch.mul(rows.view(place.shape), scale, out=place)
-
-    def keys(self, name: str, tile: _Tile, x: Tensor) -> Tensor:
-        """The tile's rows of (B, K, T, D) -> (N, S + L, D): the sinks, then the band."""
-        if not (self.packs or tile.n_before):
-            return x[:, :, tile.low : tile.stop].flatten(0, 1)
-        kept = self.take(name, *x.shape[:2], tile.n_before + tile.stop - tile.low, x.shape[3])
-        if tile.learned:
-            kept[:, :, 0] = 0
-        if tile.n_sink:
-            kept[:, :, tile.learned : tile.n_before].copy_(x[:, :, : tile.n_sink])
-        (kept[:, :, tile.n_before :] if tile.n_before else kept).copy_(x[:, :, tile.low : tile.stop])
-        return kept.flatten(0, 1)
-
-
-class _KeySums:
-    """Sums over tiles in float32: of a half type, no more of them is kept than later tiles still add to."""
-
-    def __init__(self, out: Tensor, tiling: "_Tiling", room: _Room):
-        self.out, self.room, self.name = out, room, room.free.pop()  # (B, K, T, D)
-        self.dtype = torch.promote_types(out.dtype, torch.float32)
-        self.open = out.new_empty(*out.shape[:2], 0, out.shape[3], dtype=self.dtype)  # of the keys before the last tile
-        self.sinks = out.new_zeros(*out.shape[:2], min(tiling.n_sink, tiling.T), out.shape[3], dtype=self.dtype)
-
-    def add(self, tile: _Tile, x: Tensor) -> None:
-        """x (N, S + L, D) to the keys of the tile."""
-        x = x.unflatten(0, self.out.shape[:2])
-        if tile.n_sink:
-            self.sinks[:, :, : tile.n_sink] += x[:, :, tile.learned : tile.n_before]
-        band, n_old = x[:, :, tile.n_before :], self.open.shape[2]
-        n_new = band.shape[2] - n_old  # keys that no tile has added to
-        if self.out.dtype == self.dtype:
-            self.out[:, :, tile.low : tile.low + n_new].copy_(band[:, :, :n_new])
-            self.out[:, :, tile.low + n_new : tile.stop].add_(band[:, :, n_new:])
-            self.open = self.out[:, :, tile.low : tile.start]
-        else:
-            spare = self.room.free.pop()
-            sums = self.room.take(spare, *band.shape, dtype=self.dtype)
-            self.room.free.append(self.name)
-            self.name = spare
-            sums.copy_(band)
-            if n_old:
-                sums[:, :, n_new:].add_(self.open)
-            self.open, done = sums.split((tile.start - tile.low, tile.stop - tile.start), dim=2)
-            self.out[:, :, tile.start : tile.stop].copy_(done)  # no later tile reaches them
-
-    def finish(self) -> None:
-        """Add what the sinks received beside the band."""
-        self.out[:, :, : self.sinks.shape[2]] += self.sinks
-        self.room.free.append(self.name)
 
 
 @dataclass(slots=True)
@@ -242,11 +127,12 @@ class _Tiling:
         T, D = q.shape[2:]
         return cls(T, window, n_sink, block, D**-0.5 if scale is None else scale, softcap, sink_logit is not None)
 
-    def __iter__(self) -> Iterator[_Tile]:
+    def __iter__(self) -> Iterator[Tile]:
         """Last queries first: a key is done with the tile whose queries stand where it does."""
+        before = self.n_sink + self.learned
         for start in reversed(range(0, self.T, self.block)):
-            low = max(0, start - self.window + 1) // ALIGN * ALIGN
-            yield _Tile(start, min(self.T, start + self.block), low, min(self.n_sink, low), self.learned)
+            low = max(0, (start - self.window + 1 - before) // ALIGN * ALIGN + before)
+            yield Tile(start, min(self.T, start + self.block), low, min(self.n_sink, low), self.learned)
 
     def parts(
         self, queries: list[Tensor], keys: list[Tensor], per_head: list[Tensor | None]
@@ -276,19 +162,19 @@ class _Tiling:
     def keys_of_tile(self) -> int:
         return min(self.T, self.window + self.block + self.n_sink) + self.learned
 
-    def scores(self, rows: Tensor, keys: Tensor, room: _Room) -> Tensor:
+    def scores(self, rows: Tensor, keys: Tensor, room: Room) -> Tensor:
         """(N, R b, S + L): products, capped."""
         scores = room.product("scores", rows, keys.mT)
         return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def slope(self, scores: Tensor, room: _Room) -> Tensor | None:
+    def slope(self, scores: Tensor, room: Room) -> Tensor | None:
         """What the cap multiplies gradients by, of capped scores."""
         if self.softcap is None:
             return None
         return torch.div(scores, self.softcap, out=room.take("slope", *scores.shape)).square_().neg_().add_(1)
 
     def probabilities(
-        self, tile: _Tile, scores: Tensor, slopes: Tensor | None, sink_logit: Tensor | None, room: _Room
+        self, tile: Tile, scores: Tensor, room: Room, slopes: Tensor | None, sink_logit: Tensor | None
     ) -> Tensor:
         """(N, R b, S + L): the softmax over what each query sees. Overwrites the scores."""
         if slopes is not None:
@@ -302,7 +188,7 @@ class _Tiling:
             tile.by_head(scores[..., 0], sink_logit)[:] = sink_logit[:, :, None]
         return torch.softmax(scores, dim=-1, out=room.take("p", *scores.shape))
 
-    def _edges(self, tile: _Tile, like: Tensor) -> list[Tensor]:
+    def _edges(self, tile: Tile, like: Tensor) -> list[Tensor]:
         """Additive masks of the columns that some query of the tile does not see: its own block, and the oldest."""
         n_old = max(0, tile.stop - self.window - tile.low)
         key = (tile.stop - tile.start, n_old, max(0, self.n_sink - tile.low))
