@@ -101,31 +101,37 @@ def _loss_and_slope(
 ) -> Tensor:
     """The loss (n,) of (n, V) logits; with weights (n,), the logits become their own gradient, in place.
 
-    On a CPU a few rows at a time, so that what lies between logits and gradient stays in its caches.
+    On a CPU a few rows at a time, all in the same memory, so that what lies between stays in its caches.
     """
     n = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    room = torch.empty(2, min(n, len(logits)), logits.shape[1], dtype=wide, device=logits.device)
     return torch.cat(
         [
-            _rows(rows, goal, None if weights is None else weights[i * n : (i + 1) * n], softcap, z_loss)
+            _rows(rows, goal, None if weights is None else weights[i * n : (i + 1) * n], softcap, z_loss, room)
             for i, (rows, goal) in enumerate(zip(logits.split(n), targets.split(n), strict=True))
         ]
     )
 
 
-def _rows(logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float) -> Tensor:
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _rows(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float, room: Tensor
+) -> Tensor:
+    """The same of a few rows; room (2, rows or more, V) is for what lies between."""
+    z, p = room[:, : len(logits)]
+    z.copy_(logits)
+    slope = None
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z.div_(softcap).tanh_()
+        slope = 1 - z.square()
+        z.mul_(softcap)
     at, real = targets.clamp(min=0)[:, None], targets != IGNORED
     goal = z.gather(1, at)[:, 0]
-    slope = 1 - (z / softcap).square() if softcap is not None else None
-    top = z.amax(dim=1, keepdim=True)
-    e = torch.exp(z - top)
-    total = e.sum(dim=1, keepdim=True)
-    log_z = (top + total.log())[:, 0]
+    torch.softmax(z, dim=1, out=p)
+    log_z = z.amax(dim=1) - p.amax(dim=1).log()  # the largest probability is never 0
     if weights is not None:
         scale = (weights * real)[:, None].to(z.dtype)
-        g = e.mul_(scale * (1 + 2 * z_loss * log_z[:, None]) / total)
-        g.scatter_add_(1, at, -scale)
-        logits.copy_(g if slope is None else g.mul_(slope))
+        p.mul_(scale * (1 + 2 * z_loss * log_z[:, None]))
+        p.scatter_add_(1, at, -scale)
+        logits.copy_(p if slope is None else p.mul_(slope))
     return (log_z - goal) * real

@@ -74,15 +74,19 @@ def test_attention_names_the_kernel_of_every_figure(tmp_path, capsys):
 def test_training_is_measured_beside_its_peers(tmp_path, capsys):
     (tmp_path / "tiny.toml").write_text(TOML)
     file = tmp_path / "figures.json"
-    peers = ("plain", "full")
+    peers = ("plain", "full", "sdpa")
     train.train(
         train.Options(config=tmp_path / "tiny.toml", peer=peers, dtype="float32", device="cpu", rounds=1, json=file)
     )
-    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    record = json.loads(file.read_text())
+    assert record["options"]["peer"] == list(peers)
+    assert "json" not in record["options"]
+    rows = {row["name"]: row for row in record["rows"]}
     assert list(rows) == ["sash", *peers]
     assert rows["sash"]["kernel"] == "swa tiles, full sdpa-causal"
     assert rows["plain"]["kernel"] == "swa masked, full masked, float32"
-    assert rows["full"]["kernel"] == "full sdpa-causal"
+    assert rows["full"]["kernel"] == rows["sdpa"]["kernel"] == "full sdpa-causal"
+    assert all(row["first_step_s"] > 0 for row in rows.values())
     assert rows["sash"]["sash_times_faster"] == 1
     assert "MFU" in capsys.readouterr().out
 
@@ -121,8 +125,8 @@ def test_a_peer_has_our_shape_to_the_parameter(family, shape):
 
 
 def test_a_shape_that_no_peer_has_is_refused():
-    with pytest.raises(UserError, match="no model with this mixture"):
-        transformers_twin(tiny_config(mlp="relu2"))
+    with pytest.raises(UserError, match="no class of transformers fits"):
+        transformers_twin(tiny_config(**DIVIDED, mlp="relu2"))
 
 
 def test_the_plain_peer_has_the_loss_of_ours():

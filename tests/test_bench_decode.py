@@ -114,10 +114,9 @@ def test_what_eight_bits_change_of_a_trained_run_is_said(tmp_path, text, capsys)
     assert "weights and cache" in capsys.readouterr().out
 
 
-def test_lengths_too_short_to_warm_up_at_are_refused():
-    with pytest.raises(UserError, match=r"^--lengths and --new-tokens must be 3 at least$"):
-        decode.decode(options(lengths=(2,)))
-
-
-def test_memory_is_read_at_a_rate_that_hardware_has():
-    assert 1e8 < memory_rate(resolve("cpu", "float32"), seconds=0.05) < 1e13
+@pytest.mark.parametrize("changes", [{"lengths": (12, 2)}, {"new_tokens": 2}, {"n_layer": 0}, {"rounds": 0}], ids=str)
+def test_numbers_below_their_least_are_refused(changes):
+    (name, value), *_ = changes.items()
+    lowest = value[-1] if isinstance(value, tuple) else value
+    with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} \({lowest}\) must be at least [13]$"):
+        decode.decode(options(**changes))

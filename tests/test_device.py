@@ -1,6 +1,7 @@
 """What `auto` comes to on hardware that is here, and on hardware that is not."""
 
 import importlib
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -129,6 +130,19 @@ def test_auto_compiles_where_it_pays(hardware, here, flops, on):
 def test_compile_is_taken_as_asked(hardware, asked):
     hardware(compiler=False)
     assert resolve(compile=asked, flops=LONG).compile == (asked == "on")
+
+
+def test_compiled_code_is_kept_for_later_runs_unless_a_place_is_given(hardware, monkeypatch, tmp_path):
+    hardware()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    resolve(compile="off")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    resolve(compile="on")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "sash" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    resolve(compile="on")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 
 def test_one_line_says_what_was_chosen_and_why(hardware):

@@ -1,5 +1,7 @@
 """Kernels against the masked form of attention, which tests/test_attend.py holds equal to loops."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import assert_equal
@@ -132,6 +134,28 @@ def test_tiles_memory_grows_with_the_text_and_not_with_its_square():
         return found.bytes
 
     assert peak(4096) < 2.2 * peak(2048)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_of_one_text_holds_no_more_than_fused_full_attention(dtype):
+    T, heads, threads = 2048, 8, torch.get_num_threads()
+    inputs, grad = make_qkv(T, heads=heads, kv_heads=heads, width=64, dtype=dtype)
+    inputs, grad = [x[:1].detach().requires_grad_() for x in inputs], grad[:1]
+    spec, pos = make_spec(window=256, n_head=heads, n_kv_head=heads, head_dim=64), torch.arange(T)[None]
+
+    def peak(forward: Callable[[], Tensor]) -> int:
+        with measure_peak(torch.device("cpu")) as found:
+            outputs(forward(), inputs, grad)
+        assert found.bytes is not None
+        return found.bytes
+
+    torch.set_num_threads(2)  # of which each has memory of its own in the fused kernel
+    try:
+        full = peak(lambda: torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True))
+        window = peak(lambda: attend(*inputs, pos, pos, spec, contiguous=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert window <= full
 
 
 def test_on_a_cpu_bfloat16_takes_tiles_and_float32_the_fused_kernel():

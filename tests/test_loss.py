@@ -26,6 +26,7 @@ def problem():
 @pytest.fixture(params=[1, V, 4 * V, 1 << 23], ids=lambda n: f"{n}-elements")
 def chunk_elements(request, monkeypatch):
     monkeypatch.setattr(model.loss, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(model.loss, "CACHED_ELEMENTS", 2 * V)
 
 
 @pytest.mark.usefixtures("chunk_elements")
@@ -96,3 +97,8 @@ def test_model_loss_equals_cross_entropy_of_its_logits(reduction):
 def test_uniform_guess_costs_log_of_the_vocabulary(problem):
     x, weight, targets = problem
     assert cross_entropy(x, weight * 0, targets).item() == pytest.approx(math.log(V))
+
+
+def test_a_target_that_is_all_but_impossible_has_its_loss():
+    x, head = torch.tensor([[1.0]]), torch.tensor([[0.0], [300.0], [0.0]])
+    assert cross_entropy(x, head, torch.tensor([2])).item() == pytest.approx(300)

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 
 from configs.program import at_least
 from model.attend import attend, kernel_name, prepare
-from model.device import DType, Runtime, resolve
+from model.device import Runtime, resolve
 from model.errors import UserError
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 from model.step import Step
-from scripts.bench.timing import exponent, ratio, refuse_unfused, save, take_turns
+from scripts.bench.timing import Measured, exponent, ratio, refuse_unfused, save, take_turns
 from scripts.report import new_figure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(Measured):
     """Shapes and lengths. Full attention is torch's fused causal kernel, as everybody calls it."""
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
@@ -38,16 +38,8 @@ class Options:
     """KV heads of the row with fewer KV heads and sinks."""
     n_sink: int = 4
     """Sinks of that row."""
-    dtype: DType = "auto"
-    """Of all tensors."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    rounds: int = 5
-    """Rounds of which the median counts."""
     mask_up_to: int = 4096
     """Largest length at which the window as a mask over the fused kernel is timed too; 0: never."""
-    json: Path | None = None
-    """Write the figures here."""
     plot: Path | None = None
     """Draw time and memory against length here."""
 
@@ -70,7 +62,7 @@ def attention(options: Options) -> None:
     curves = {name: [row for row in rows if row["attention"] == name] for name in names}
     exponents = {name: exponent([x["T"] for x in rows], [x["seconds"] for x in rows]) for name, rows in curves.items()}
     print("exponent of time in T: " + ", ".join(f"{name} {p:.2f}" for name, p in exponents.items()))
-    save(options.json, {"device": runtime.why, "options": str(options), "rows": rows, "exponents": exponents})
+    save(options, runtime, rows=rows, exponents=exponents)
     if options.plot:
         plot(curves, options.plot)
 

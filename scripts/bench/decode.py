@@ -11,18 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from configs.program import at_least
 from model import cost
 from model.config import ModelConfig
 from model.decode import compiling
-from model.device import DType, Runtime, Switch, memory_rate, resolve
-from model.errors import UserError
+from model.device import Runtime, Switch, memory_rate, resolve
 from model.gpt import GPT
 from model.memory import measure_peak
 from model.meter import step_bytes
 from model.quantize import quantize
 from model.sampling import Sampler, stream
 from scripts.bench.decode_peers import Concatenated, Transformers
-from scripts.bench.timing import save
+from scripts.bench.timing import Measured, save
 from scripts.report import new_figure
 
 Variant = Literal["mha", "gqa", "swa", "gqa+swa", "sliding"]
@@ -34,7 +34,7 @@ WARM_UP = 3  # tokens, which compile what there is to compile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(Measured):
     """Greedy decoding of a network of random weights: GPT-2's smallest shape with Gemma 3's layers."""
 
     lengths: tuple[int, ...] = (1024, 4096, 32_768)
@@ -69,16 +69,8 @@ class Options:
     """KV heads of the variants that have fewer."""
     vocab_size: int = 50_257
     """Tokens, their embeddings tied to the head."""
-    dtype: DType = "auto"
-    """Of weights and cache."""
     compile: Switch = "on"
     """Whether our layers are compiled; the seconds that takes are not in the speed but beside it."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    rounds: int = 3
-    """Rounds, in which the candidates take turns and of which the median counts."""
-    json: Path | None = None
-    """Write the figures here."""
     plot: Path | None = None
     """Draw speed and cache against length here."""
 
@@ -136,8 +128,10 @@ class Ours:
 
 def decode(options: Options) -> None:
     """Time decoding at several lengths of the text."""
-    if min(*options.lengths, options.new_tokens) < WARM_UP:
-        raise UserError(f"--lengths and --new-tokens must be {WARM_UP} at least")
+    sizes = dict.fromkeys(
+        ("batch_size", "window", "n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "tokens"), 1
+    )
+    at_least(options, lengths=WARM_UP, new_tokens=WARM_UP, rounds=1, **sizes)
     runtime = resolve(options.device, options.dtype, options.compile)
     rate = memory_rate(runtime)
     print(f"batch {options.batch_size}, window {options.window}, {options.new_tokens} new tokens, {runtime.why}")
@@ -153,16 +147,7 @@ def decode(options: Options) -> None:
     changes = perplexities(options) if options.run else []
     if not changes:
         print("\nchange of perplexity in 8 bits: not measured; give a trained --run")
-    save(
-        options.json,
-        {
-            "device": runtime.why,
-            "options": str(options),
-            "memory_bytes_per_s": rate,
-            "rows": rows,
-            "perplexity": changes,
-        },
-    )
+    save(options, runtime, memory_bytes_per_s=rate, rows=rows, perplexity=changes)
     if options.plot:
         plot(rows, options.plot)
 

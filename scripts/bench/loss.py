@@ -3,22 +3,21 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from configs.program import at_least
-from model.device import DType, resolve
+from model.device import resolve
 from model.loss import cross_entropy
 from model.memory import measure_peak
-from scripts.bench.timing import ratio, save, take_turns
+from scripts.bench.timing import Measured, ratio, save, take_turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Hidden states of a batch to the mean loss and the gradients of hidden states and head."""
+class Options(Measured):
+    """Hidden states of a batch to the mean loss and the gradients of hidden states and head, which is in float32."""
 
     batch_size: int = 8
     """Sequences."""
@@ -28,14 +27,6 @@ class Options:
     """Width of the hidden states."""
     vocab_size: int = 50_304
     """Rows of the head."""
-    dtype: DType = "auto"
-    """Of the matrix products; the head is kept in float32."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    rounds: int = 3
-    """Rounds of which the median counts."""
-    json: Path | None = None
-    """Write the figures here."""
 
 
 def loss(options: Options) -> None:
@@ -82,4 +73,4 @@ def loss(options: Options) -> None:
             memory = f"{peak.bytes / 1e6:9.0f} {peak.bytes / int(rows[0]['peak_bytes']):21.2f}"
         print(f"{name:28} {row['seconds'] * 1e3:8.0f} {row['sash_times_faster']:17.2f} {memory}")
     print("peak memory is above that of hidden states and head; their gradients are in it")
-    save(options.json, {"device": runtime.why, "options": str(options), "rows": rows})
+    save(options, runtime, rows=rows)

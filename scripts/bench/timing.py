@@ -1,18 +1,33 @@
 """Timing that a busy machine cannot fool much: candidates take turns, and what counts is the median of their ratios."""
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from model.device import Runtime
+from model.checkpoint import write_json
+from model.device import DType, Runtime
 from model.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What every benchmark is asked."""
+
+    dtype: DType = "auto"
+    """Of the matrix products."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    rounds: int = 3
+    """Rounds of which the median counts."""
+    json: Path | None = None
+    """Write the figures here."""
 
 
 def refuse_unfused(kernel: str, what: str) -> None:
@@ -51,9 +66,11 @@ def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
 
 
-def save(path: Path | None, result: dict[str, Any]) -> None:
-    """Write the result as JSON, where a path is given."""
-    if path is not None:
+def save(options: Measured, runtime: Runtime, **figures: Any) -> None:
+    """Write what was asked, except where to write, and what was found, where a path is given."""
+    if (path := options.json) is not None:
+        said = {key: value for key, value in asdict(options).items() if key not in ("json", "plot")}
+        asked = {key: str(value) if isinstance(value, Path) else value for key, value in said.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {"device": runtime.why, "options": asked} | figures)
         print(path)

@@ -14,19 +14,19 @@ from configs.load import load
 from configs.program import at_least
 from model import cost
 from model.config import ModelConfig
-from model.device import DType, Runtime, Switch, compile_blocks, matmul_rate, resolve
+from model.device import Runtime, Switch, compile_blocks, matmul_rate, resolve
 from model.gpt import GPT
 from model.memory import measure_peak, training_tensors
 from model.optim import Optimizers
 from scripts.bench.peers import transformers_twin
-from scripts.bench.timing import ratio, refuse_unfused, save, take_turns
+from scripts.bench.timing import Measured, ratio, refuse_unfused, save, take_turns
 from scripts.memory import with_known_vocabulary
 
-Peer = Literal["transformers", "plain", "full"]
+Peer = Literal["transformers", "plain", "full", "sdpa"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(Measured):
     """What to train, and beside whom. The text is random, the optimizer AdamW for all."""
 
     config: Path = Path("configs/gpt2.toml")
@@ -41,17 +41,9 @@ class Options:
     """Instead of the config's."""
     peer: tuple[Peer, ...] = ()
     """transformers: the same shape there, compiled; plain: as simple trainers do on a CPU, float32, eager, the whole
-    logits, windows as masks; full: our own with every layer full."""
-    dtype: DType = "auto"
-    """Of the matrix products."""
+    logits, windows as masks; full: our own with every layer full; sdpa: the same with torch's fused attention."""
     compile: Switch = "off"
     """Whether our layers are compiled."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    rounds: int = 3
-    """Rounds of which the median counts."""
-    json: Path | None = None
-    """Write the figures here."""
 
 
 class Candidate:
@@ -80,14 +72,15 @@ def train(options: Options) -> None:
         overrides["train"] = {"global_batch_tokens": options.block_size}
     config = with_known_vocabulary(load(options.config, overrides)).model
     idx = torch.randint(config.vocab, (options.batch_size, config.block_size), device=runtime.device)
-    makers = {"transformers": transformers, "plain": plain, "full": full}
+    makers = {"transformers": transformers, "plain": plain, "full": full, "sdpa": sdpa}
     candidates = {"sash": ours(config, runtime, idx)}
     candidates |= {name: makers[name](config, runtime, idx) for name in options.peer}
     rate = matmul_rate(runtime, seconds=1.0)
-    seconds = take_turns(candidates, runtime, rounds=options.rounds, warm_up=2)
+    first = {name: once[0] for name, once in take_turns(candidates, runtime, rounds=1, warm_up=0).items()}
+    seconds = take_turns(candidates, runtime, rounds=options.rounds)
     print(f"{options.config}, {options.batch_size} x {config.block_size} tokens, {runtime.why}")
     print(f"matrix products at {rate / 1e9:.0f} GFLOP/s\n")
-    print(f"{'':13} {'tokens/s':>9} {'MFU':>6} {'sash is x faster':>17} {'peak MB':>9}  kernel")
+    print(f"{'':13} {'tokens/s':>9} {'MFU':>6} {'sash is x faster':>17} {'first step s':>13} {'peak MB':>9}  kernel")
     rows = []
     for name, candidate in candidates.items():
         flops = cost.train_flops(candidate.config, config.block_size) * options.batch_size
@@ -99,6 +92,7 @@ def train(options: Options) -> None:
             "tokens_per_s": idx.numel() / median,
             "mfu": flops / median / rate,
             "sash_times_faster": ratio(seconds[name], seconds["sash"]),
+            "first_step_s": first[name],
             "peak_bytes": peak.bytes,
             "peak_method": peak.method,
             "kernel": candidate.kernel,
@@ -106,9 +100,9 @@ def train(options: Options) -> None:
         rows.append(row)
         print(
             f"{name:13} {row['tokens_per_s']:9.0f} {row['mfu']:6.3f} {row['sash_times_faster']:17.2f} "
-            f"{(peak.bytes or 0) / 1e6:9.0f}  {candidate.kernel}"
+            f"{first[name]:13.1f} {(peak.bytes or 0) / 1e6:9.0f}  {candidate.kernel}"
         )
-    save(options.json, {"device": runtime.why, "options": str(options), "matmul_flops_per_s": rate, "rows": rows})
+    save(options, runtime, matmul_flops_per_s=rate, rows=rows)
 
 
 def ours(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
@@ -128,6 +122,10 @@ def ours(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
 
 def full(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
     return ours(config.model_copy(update={"pattern": "full"}), runtime, idx)
+
+
+def sdpa(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
+    return ours(config.model_copy(update={"pattern": "full", "kernel": "sdpa"}), runtime, idx)
 
 
 def plain(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
