@@ -120,3 +120,7 @@ def test_numbers_below_their_least_are_refused(changes):
     lowest = value[-1] if isinstance(value, tuple) else value
     with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} \({lowest}\) must be at least [13]$"):
         decode.decode(options(**changes))
+
+
+def test_memory_is_read_at_a_rate_that_hardware_has():
+    assert 1e8 < memory_rate(resolve("cpu", "float32"), seconds=0.05) < 1e13
