@@ -133,8 +133,9 @@ def test_compiled_steps_equal_the_plain_pass():
 @pytest.mark.parametrize("design", (KINDS | SHAPED).values(), ids=(KINDS | SHAPED).keys())
 @torch.no_grad()
 def test_compiled_steps_of_every_kind_of_layer_equal_the_plain_pass(design):
-    model, idx = fused(tiny_model(tiny_config(**design))), random_tokens(3, 2 * T)
-    assert_equal(logits_in_chunks(model, idx, [7] + [1] * 40), model(idx), 1e-10)
+    model, idx, sizes = tiny_model(tiny_config(**design)), random_tokens(3, 2 * T), [7] + [1] * 40
+    plain = logits_in_chunks(model, idx, sizes)
+    assert_equal(logits_in_chunks(fused(model), idx, sizes), plain, 1e-10)
 
 
 @pytest.mark.usefixtures("uncompiled")
