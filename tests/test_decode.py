@@ -104,6 +104,15 @@ def test_rows_at_different_places_equal_single_rows(design, prompts):
         assert_equal(tail, model(row[None, : p + n])[0, p:].detach(), 1e-10)
 
 
+@torch.no_grad()
+def test_a_context_that_came_with_the_prompt_holds_for_every_step(uncompiled):
+    model, idx = fused(tiny_model(tiny_config(**KINDS["star"]))), random_tokens(3, 2 * T)
+    cache = model.new_cache(3, 2 * T)
+    got = [model(idx[:, :5], cache=cache, context=4)] + [model(x, cache=cache) for x in idx[:, 5:].split(1, dim=1)]
+    assert_equal(torch.cat(got, dim=1), model(idx, context=4), 1e-10)
+    assert not torch.allclose(model(idx, context=4), model(idx))
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_every_kind_of_layer_is_traced_once_for_all_lengths(traced, kind):
     traced(KINDS[kind])
