@@ -115,7 +115,7 @@ class LogConfig(Section):
 class RunConfig(Section):
     """A run: what `train.run` takes and `config.json` keeps."""
 
-    name: str = Field("run", pattern=r"^[\w.+-]+(/[\w.+-]+)*$", description="directory of the run below out_dir")
+    name: str = Field("run", pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$", description="directory of the run below out_dir")
     out_dir: Path = Field(Path("runs"), description="where runs are kept")
     seed: int = Field(1337, ge=0, lt=2**63, description="of the initial weights, the order of the data and dropout")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")

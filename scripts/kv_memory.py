@@ -19,7 +19,7 @@ from configs.program import at_least, exit_with_one_line
 from model import cost
 from model.config import ModelConfig
 from model.errors import UserError
-from scripts.report import new_figure
+from scripts.report import new_figure, save_figure
 
 CONTEXTS = tuple(2**n for n in range(10, 21))  # 1k to 1M tokens
 PRESETS = Path("configs/presets")
@@ -142,7 +142,7 @@ def draw(table: dict[str, dict[int, int]], dtype: str, path: Path) -> None:
     axes.set_xticks(ticks, [f"{n >> 10}k" if n < 2**20 else "1M" for n in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=144, format="png")
+    save_figure(figure, path)
 
 
 def presets(options: Options) -> str:

@@ -26,6 +26,7 @@ from model.mixers.attention import Attention, AttentionSpec
 from model.mixers.contract import MixerSpec
 from model.mixers.windows import MultiWindowSpec
 from model.visible import visible
+from scripts.report import save_figure
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of "
 TEXT += "outrageous fortune, or to take arms against a sea of troubles, and by opposing end them."
@@ -74,8 +75,7 @@ def masks(options: Options) -> None:
             draw_paid(axes[1][column], None if weights is None else weights.numpy())
         pairs = int(seen(spec, T).sum())
         print(f"{name}: {pairs} of {T * (T + 1) // 2} pairs of {T} positions are visible")
-    options.to.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.to, dpi=144)
+    save_figure(figure, options.to)
     print(options.to)
 
 

@@ -369,6 +369,13 @@ def test_sections_have_a_description_for_every_field():
     assert [name for name, description in fields(RunConfig) if not description] == []
 
 
+@pytest.mark.parametrize("name", ["..", "../mine", "a/../b", ".hidden", "a//b", "", "-x"])
+def test_a_name_that_leads_out_of_the_directory_of_runs_is_refused(name):
+    with pytest.raises(UserError, match=r"^name \('"):
+        load(None, {"name": name})
+    assert load(None, {"name": "a/b.c-1_d+2"}).path == RunConfig().out_dir / "a/b.c-1_d+2"
+
+
 def test_an_empty_text_is_refused():
     with pytest.raises(UserError, match=r"^data\.text \(''\): "):
         load(None, {"data": {"text": ""}})

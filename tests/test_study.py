@@ -131,6 +131,12 @@ def test_a_dry_run_shows_the_cells_and_leaves_nothing(write_study, program, monk
     assert not file.with_suffix("").exists()
 
 
+def test_a_tokenizer_that_is_none_is_no_plan(write_study, program, monkeypatch):
+    monkeypatch.setattr("scripts.ablate.plan.matmul_rate", lambda runtime: 1e12)
+    file = write_study(overrides={"data": {"tokenizer": "bqe-300"}}, variants={"wide": {}})
+    program(lab.main, file, "--dry-run").assert_refused("tokenizer 'bqe-300' is none of")
+
+
 def test_the_estimate_counts_training_and_evaluation(write_study):
     config = with_known_vocabulary(cells_of(write_study(train={"eval_tokens": 480}))[0].config)
     per_row = cost.train_flops(config.model, 16)

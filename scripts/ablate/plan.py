@@ -7,7 +7,6 @@ from configs.run_dir import RunDir
 from configs.schema import RunConfig
 from model import cost
 from model.device import Runtime, matmul_rate, resolve
-from model.errors import UserError
 from model.estimate import train_peak
 from scripts.ablate.runner import last_step
 from scripts.ablate.study import Cell
@@ -73,10 +72,9 @@ def step_memory(config: RunConfig, runtime: Runtime) -> int:
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:
-    try:
-        return with_known_vocabulary(config)
-    except UserError:
+    if config.data.tokenizer == "char" and config.model.vocab_size is None:
         return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": BYTES_AND_END})})
+    return with_known_vocabulary(config)
 
 
 def _measured_mfu(run: Path) -> list[float]:

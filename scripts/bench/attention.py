@@ -17,7 +17,7 @@ from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 from model.step import Step
 from scripts.bench.timing import Measured, exponent, ratio, refuse_unfused, save, take_turns
-from scripts.report import new_figure
+from scripts.report import new_figure, save_figure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,5 +152,5 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.set_xticks(lengths, [f"{T / 1024:g}k" if T >= 1024 else str(T) for T in lengths])
         axes.minorticks_off()
     time_axes.legend(frameon=False)
-    figure.savefig(path, dpi=144)
+    save_figure(figure, path)
     print(path)

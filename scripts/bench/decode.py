@@ -23,7 +23,7 @@ from model.quantize import quantize
 from model.sampling import Sampler, stream
 from scripts.bench.decode_peers import Concatenated, Transformers
 from scripts.bench.timing import Measured, save
-from scripts.report import new_figure
+from scripts.report import new_figure, save_figure
 
 Variant = Literal["mha", "gqa", "swa", "gqa+swa", "sliding"]
 Peer = Literal["transformers", "transformers-static", "concat"]
@@ -265,5 +265,5 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.minorticks_off()
     speed.set_ylim(bottom=0)
     speed.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=144)
+    save_figure(figure, path)
     print(path)

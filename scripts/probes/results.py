@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from model.checkpoint import read_json, write_json
+from scripts.report import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,9 +58,7 @@ def keep(run: Path, step: int, found: list[Found], *, plot: bool) -> None:
         for curve in (each.curve for each in found if each.curve):
             write_json(run / f"{curve.name}.json", curve.content)
             if plot:
-                partial = run / f"{curve.name}.png.tmp"
-                curve.draw(curve.content).savefig(partial, dpi=144, format="png")
-                partial.replace(run / f"{curve.name}.png")
+                save_figure(curve.draw(curve.content), run / f"{curve.name}.png")
 
 
 def _read(path: Path) -> dict[str, float]:

@@ -1,6 +1,10 @@
 """The one style of all plots: an empty figure, a legend, how a variant looks."""
 
+import io
+from pathlib import Path
 from typing import Any
+
+from data.storage import write_atomically
 
 MARKERS = "osD^vP*X"
 
@@ -17,6 +21,14 @@ def new_figure(x: str, ys: list[str]):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure, list(grid[0])
+
+
+def save_figure(figure, path: Path, *, dpi: int = 144) -> None:
+    """A whole picture or none: SVG or PDF where the name ends so, else PNG."""
+    image, kind = io.BytesIO(), path.suffix.lstrip(".")
+    figure.savefig(image, dpi=dpi, format=kind if kind in ("svg", "pdf") else "png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, image.getvalue())
 
 
 def legend(figure, axes) -> None:

@@ -1,14 +1,13 @@
 """A report, written: tables, plots, and the page that holds them."""
 
-import io
 import os
 from pathlib import Path
 
 import pandas as pd
 
-from data.storage import write_atomically
 from model.checkpoint import write_text
 from scripts.report.collect import Collected, collect
+from scripts.report.figure import save_figure
 from scripts.report.page import markdown, page
 from scripts.report.plots import PLOTS
 from scripts.report.tables import summary, table
@@ -36,8 +35,6 @@ def draw(collected: Collected, out: Path) -> dict[str, str]:
         if figure is None:
             (out / f"{name}.png").unlink(missing_ok=True)  # of a report before this one
             continue
-        image = io.BytesIO()
-        figure.savefig(image, dpi=160)
-        write_atomically(out / f"{name}.png", image.getvalue())
+        save_figure(figure, out / f"{name}.png", dpi=160)
         captions[f"{name}.png"] = caption
     return captions
