@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 def exit_with_one_line(main: Callable[[], T]) -> T:
     """Run a program; what its user got wrong, or a full disk, is one line and exit code 2, never a traceback."""
-    name = Path(sys.argv[0]).name + (f" (process {rank()})" if rank() else "")
+    file = Path(sys.argv[0])
+    name = file.parent.name if file.name == "__main__.py" else file.name
+    name += f" (process {rank()})" if rank() else ""
     try:
         return main()
     except UserError as error:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configs.program import at_least
+from configs.program import at_least, exit_with_one_line
 from model.errors import UserError
 
 
@@ -44,3 +44,17 @@ def test_a_number_below_its_least_is_shown_with_its_option(wrong, shown):
     with pytest.raises(UserError) as error:
         at_least(SimpleNamespace(n_rows=wrong), n_rows=3)
     assert str(error.value) == f"--n-rows ({shown}) must be at least 3"
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("train.py", "train.py: "), ("scripts/ablate/__main__.py", "ablate: "), ("a/b.py", "b.py: ")]
+)
+def test_a_program_of_several_files_says_its_own_name(monkeypatch, capsys, file, said):
+    monkeypatch.setattr("sys.argv", [file])
+
+    def main() -> None:
+        raise UserError("no")
+
+    with pytest.raises(SystemExit, match=r"^2$"):
+        exit_with_one_line(main)
+    assert capsys.readouterr().err == f"{said}no\n"
