@@ -39,7 +39,7 @@ def generate(options: Options) -> int:
     runtime = resolve(options.device, options.dtype, "off")
     model, tokenizer = load(options, runtime)
     n_steps = 0 if options.cache == "none" else options.max_new_tokens
-    model.fused = compiling(options.compile, model.config, runtime, n_steps)
+    model.fused = compiling(options.compile, model, runtime, n_steps)
     sampler = Sampler(
         temperature=options.temperature,
         top_k=options.top_k,

@@ -38,12 +38,6 @@ def cache_bytes(
     return batch_size * sum(spec.cache_bytes(max_length, dtype.itemsize) for spec in config.layers)
 
 
-def step_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Weights that one step of decoding reads, whatever the batch: all but embeddings, of which it takes a row."""
-    looked_up = config.vocab * (not config.tie_embeddings) + config.block_size * (config.position == "learned")
-    return (n_params(config) - looked_up * config.n_embd) * dtype.itemsize
-
-
 def read_bytes(config: ModelConfig, start: int, stop: int, dtype: torch.dtype, *, rolling: bool = True) -> int:
     """Keys and values of all layers that one sequence reads to decode its tokens start to stop - 1."""
     return sum(spec.read_bytes(start, stop, dtype.itemsize, rolling=rolling) for spec in config.layers)

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from model.cost import step_bytes
 from model.device import Runtime, Switch, no_compiling
 from model.errors import UserError
+from model.memory import step_bytes
 from model.step import Step
 
 if TYPE_CHECKING:
     from model.cache import LayerState
-    from model.config import ModelConfig
+    from model.gpt import GPT
 
 FEW = 4  # rows up to which sums are faster than matrix products
 MOST_COMPILED = 256  # kinds of layers, batches and caches in one process
@@ -35,7 +35,7 @@ KIND_S, LAYER_S, BYTE_S = 4.0, 2e-4, 3e-11  # compiling a kind of layer; what it
 Function = TypeVar("Function", bound=Callable)
 
 
-def compiling(asked: Switch, config: ModelConfig, runtime: Runtime, n_steps: int) -> bool:
+def compiling(asked: Switch, model: GPT, runtime: Runtime, n_steps: int) -> bool:
     """Whether to compile for so many steps; `auto` does where that takes less time in all."""
     obstacle = no_compiling(runtime.device)
     if asked == "on" and obstacle is not None:
@@ -44,8 +44,8 @@ def compiling(asked: Switch, config: ModelConfig, runtime: Runtime, n_steps: int
         return asked == "on"
     if obstacle is not None:
         return False
-    costs = KIND_S * (1 + len(set(config.layers)))
-    saves = LAYER_S * config.n_layer + BYTE_S * step_bytes(config, runtime.dtype)
+    costs = KIND_S * (1 + len(set(model.config.layers)))
+    saves = LAYER_S * model.config.n_layer + BYTE_S * step_bytes(model)
     return n_steps * saves > costs
 
 

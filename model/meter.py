@@ -7,16 +7,9 @@ from model.cache import Cache
 from model.cost import read_bytes
 from model.device import Runtime
 from model.gpt import GPT
-from model.memory import device_peak, total_bytes
+from model.memory import device_peak, step_bytes
 
 WARM_UP = 2  # steps: a text may have a single token before its first, and one such pass is not compiled
-
-
-def step_bytes(model: GPT) -> int:
-    """Weights that one step of decoding reads, whatever the batch: all but embeddings, of which it takes a row."""
-    looked_up = [] if model.config.tie_embeddings else [model.wte.weight]
-    looked_up += [] if model.wpe is None else [model.wpe.weight]
-    return total_bytes([*model.parameters(), *model.buffers()]) - total_bytes(looked_up)
 
 
 class Meter:

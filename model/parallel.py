@@ -3,13 +3,15 @@
 One process by itself is `World()`, which connects to nothing.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from model.errors import UserError
-from model.gpt import GPT
+
+if TYPE_CHECKING:
+    from model.gpt import GPT
 
 Parallel = Literal["auto", "ddp", "fsdp"]
 

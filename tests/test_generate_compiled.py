@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from conftest import tiny_config
+import torch
+from conftest import tiny_config, tiny_model
 
 from model import decode, sampling
 from model.device import no_compiling, resolve
@@ -24,8 +25,8 @@ def test_compiled_layers_say_the_same_and_their_warm_up_is_said_apart(say, monke
 
 
 def test_a_few_tokens_are_not_worth_compiling_for_and_many_are():
-    config, runtime = tiny_config(), resolve("cpu", "float32")
-    worth = [decode.compiling("auto", config, runtime, n) for n in (30, 10**6)]
+    model, runtime = tiny_model(tiny_config(), dtype=torch.float32), resolve("cpu", "float32")
+    worth = [decode.compiling("auto", model, runtime, n) for n in (30, 10**6)]
     assert worth == [False, no_compiling(runtime.device) is None]
 
 

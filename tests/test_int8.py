@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import decode
-from model.cost import cache_bytes, read_bytes, step_bytes
+from model.cost import cache_bytes, read_bytes
 from model.int8 import to_int8
-from model.meter import step_bytes as bytes_of_a_step
+from model.memory import step_bytes
 from model.mixers import MIXERS
 from model.quantize import Int8Linear, quantize
 
@@ -79,7 +79,7 @@ def test_weights_in_int8_are_a_byte_each_and_a_scale_a_row(tied):
     model = quantize(tiny_model(config, dtype=torch.bfloat16))
     layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
     saved = sum(x.int8.numel() - 2 * len(x.scale) for x in layers)
-    assert bytes_of_a_step(model) == step_bytes(config, torch.bfloat16) - saved
+    assert step_bytes(model) == step_bytes(tiny_model(config, dtype=torch.bfloat16)) - saved
 
 
 @each_kind

@@ -7,8 +7,9 @@ import torch
 from conftest import random_tokens, tiny_config, tiny_model
 
 from model import meter as module
-from model.cost import cache_bytes, n_params, read_bytes, step_bytes
+from model.cost import cache_bytes, n_params, read_bytes
 from model.device import resolve
+from model.memory import step_bytes
 from model.meter import Meter
 from model.sampling import Sampler, stream
 from model.visible import visible
@@ -42,12 +43,8 @@ def test_bytes_read_are_those_of_the_keys_and_values_that_the_queries_see(start,
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_a_step_reads_every_weight_but_the_embeddings_that_it_looks_up(tied, position):
     config = tiny_config(tie_embeddings=tied, position=position, bias=True, norm="layernorm")
-    model = tiny_model(config)
-    looked_up = [] if tied else [model.wte.weight]
-    looked_up += [model.wpe.weight] if position == "learned" else []
-    n = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in looked_up)
-    assert step_bytes(config, torch.float32) == 4 * n
-    assert n_params(config) >= n
+    looked_up = (config.vocab * (not tied) + config.block_size * (position == "learned")) * config.n_embd
+    assert step_bytes(tiny_model(config)) == 8 * (n_params(config) - looked_up)
 
 
 def test_speeds_are_tokens_that_were_waited_for_over_the_seconds_they_took(clock):
@@ -60,7 +57,7 @@ def test_speeds_are_tokens_that_were_waited_for_over_the_seconds_they_took(clock
     meter.end()
     prefill, decode, cache, _ = meter.lines()
     assert prefill == "prefill 12 tokens at 24 tokens/s, first token after 500 ms"
-    weights = 2 * step_bytes(model.config, torch.float32)
+    weights = 2 * step_bytes(model)
     rows = 3 * (read_bytes(model.config, 5, 7, torch.float32) + read_bytes(model.config, 7, 9, torch.float32))
     assert meter.bytes_read == weights + rows
     assert decode == f"decode 10 tokens at 20.0 tokens/s, {(weights + rows) / 0.5 / 1e9:.2f} GB/s of weights and cache"
@@ -81,7 +78,7 @@ def test_turns_add_up_and_the_first_token_is_that_of_the_first_turn(clock):
     assert meter.lines()[0] == "prefill 12 tokens at 1 tokens/s, first token after 4000 ms"
     assert meter.lines()[1].startswith("decode 4 tokens at 1.0 tokens/s")
     kv = sum(read_bytes(model.config, t, t + 2, torch.float32) for t in (4, 14))
-    assert meter.bytes_read == kv + 4 * step_bytes(model.config, torch.float32)
+    assert meter.bytes_read == kv + 4 * step_bytes(model)
 
 
 def test_what_was_not_measured_is_not_said():

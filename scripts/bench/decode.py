@@ -17,8 +17,7 @@ from model.config import ModelConfig
 from model.decode import compiling
 from model.device import Runtime, Switch, memory_rate, resolve
 from model.gpt import GPT
-from model.memory import measure_peak
-from model.meter import step_bytes
+from model.memory import measure_peak, step_bytes
 from model.quantize import quantize
 from model.sampling import Sampler, stream
 from scripts.bench.decode_peers import Concatenated, Transformers
@@ -102,7 +101,7 @@ class Ours:
         self.model = GPT(config).to(runtime.device, runtime.dtype).eval()
         if weights == "int8":
             quantize(self.model)
-        self.model.fused = compiling(options.compile, config, runtime, options.new_tokens)
+        self.model.fused = compiling(options.compile, self.model, runtime, options.new_tokens)
         self.length = length
         dtype = torch.int8 if kept == "int8" else None
         self.cache = self.model.new_cache(options.batch_size, length + options.new_tokens, dtype=dtype)
