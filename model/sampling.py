@@ -14,6 +14,7 @@ from torch import Tensor
 from model.cache import Cache
 from model.decode import compiled
 from model.gpt import GPT
+from model.mix import mix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,21 +64,12 @@ class Sampler:
 
 def gumbel(seed: int, sample: Tensor, pos: Tensor, n: int) -> Tensor:
     """Standard Gumbel noise (B, n), a pure function of (seed, sample, pos, column): sample and pos are (B,)."""
-    key = _mix(_mix(torch.full_like(pos, seed & 0xFFFFFFFF) + 0x9E3779B9) + sample)
-    key = _mix(key + _mix(pos + 0x85EBCA6B))  # (B,)
+    key = mix(mix(torch.full_like(pos, seed & 0xFFFFFFFF) + 0x9E3779B9) + sample)
+    key = mix(key + mix(pos + 0x85EBCA6B))  # (B,)
     column = torch.arange(n, device=pos.device)
-    bits = _mix(_mix(column + 1)[None] ^ key[:, None]) >> 9  # (B, n) 23 bits: with the half, float32 holds them exactly
+    bits = mix(mix(column + 1)[None] ^ key[:, None]) >> 9  # (B, n) 23 bits: with the half, float32 holds them exactly
     uniform = (bits.float() + 0.5) / (1 << 23)  # never 0 and never 1
     return -torch.log(-torch.log1p(-uniform))  # the likeliest to win come from small numbers, which are finest
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash with good avalanche (murmur3's finaliser), in int64."""
-    mask = 0xFFFFFFFF
-    x = x & mask
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
-    return x ^ (x >> 16)
 
 
 class LogProbs:

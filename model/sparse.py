@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.mix import mix
+
 Rule = Literal["strided", "fixed", "star", "global"]
 
 
@@ -50,14 +52,6 @@ class Sparse:
         seen = [(k == token) | (q == token) for token in self.tokens]  # for tokens and draws
         q_block, k_block = q // L, k // L
         for n in range(self.n_random):
-            drawn = _hash(_hash(self.seed * 8191 + n + q_block * 64)) % (q_block - 1).clamp(min=1)
+            drawn = mix(mix(self.seed * 8191 + n + q_block * 64)) % (q_block - 1).clamp(min=1)
             seen.append((k_block == drawn) & (q_block > 1))  # the block before is the window's
         return reduce(torch.logical_or, seen)
-
-
-def _hash(x: Tensor) -> Tensor:
-    """A 32-bit mixing of integers (murmur3's finaliser)."""
-    x = x & 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ (x >> 16)
