@@ -71,7 +71,7 @@ class LossByPosition:
     def add(self, losses: Tensor, targets: Tensor) -> None:
         """Count (B, T) losses; those of targets of -100 are 0."""
         self.nats += losses.double().sum(0).cpu()
-        self.n_targets += (targets != -100).sum(0)
+        self.n_targets += (targets != IGNORED).sum(0)
 
     def tail(self, share: float) -> float:
         """Mean loss over the last `share` of the positions; nan if no target was there."""
