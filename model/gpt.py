@@ -126,11 +126,11 @@ class GPT(nn.Module):
     ) -> Step:
         """Where the incoming tokens stand: the only place that counts positions."""
         T = idx.shape[1]
+        added = T if lengths is None else lengths
+        self._check_room(added, T, cache)
         before = None if context is None else torch.as_tensor(context, device=idx.device).view(-1)  # (B or 1,)
         if cache is not None:
             cache.context = before = cache.context if before is None else before
-        added = T if lengths is None else lengths
-        self._check_room(added, T, cache)
         pos = torch.arange(T, device=idx.device)[None]  # (1, T)
         if cache is None and lengths is None:
             return Step(pos=pos, added=T, context=before)

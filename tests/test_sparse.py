@@ -151,6 +151,16 @@ def test_no_kernel_but_the_mask_takes_a_pattern(name):
             kernel_name(spec, T, device, torch.float32)
 
 
+def test_a_pass_that_has_no_room_leaves_the_cache_as_it_was():
+    model, idx = tiny_model(tiny_config(**DESIGNS["star"])), random_tokens(2, 9)
+    cache = model.new_cache(2, 9)
+    model(idx[:, :5], cache=cache, context=2)
+    with pytest.raises(UserError, match="the cache"):
+        model(idx[:, :5], cache=cache, context=8)
+    rest = model(idx[:, 5:], cache=cache)
+    assert_equal(rest, model(idx, context=2)[:, 5:])
+
+
 def test_a_window_for_all_takes_the_place_of_a_pattern():
     slid = tiny_config(**DESIGNS["strided"]).sliding(5, 1)
     assert [(spec.kind, spec.window, spec.n_sink, spec.sparse) for spec in slid.layers] == [("swa", 5, 1, None)] * 2
