@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from model.device import Runtime, Switch, no_compiling
+from model.device import Runtime, Switch, keep_compiled_code, no_compiling
 from model.errors import UserError
 from model.memory import step_bytes
 from model.step import Step
@@ -52,6 +52,7 @@ def compiling(asked: Switch, model: GPT, runtime: Runtime, n_steps: int) -> bool
 @cache
 def compiled(function: Function) -> Function:
     """The function as one piece, compiled when it is called; every caller gets the same."""
+    keep_compiled_code()
     torch._dynamo.config.recompile_limit = max(MOST_COMPILED, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True, backend=backend)  # type: ignore[return-value]
 

@@ -53,9 +53,8 @@ def resolve(device: str = "auto", dtype: DType = "auto", compile: Switch = "auto
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     chosen_dtype, why_dtype = _dtype(kind, dtype)
     chosen_compile, why_compile = _compile(kind, compile, flops)
-    if chosen_compile:  # compiled code serves later runs too; torch would keep it where temporary files are
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "sash", "inductor"))
+    if chosen_compile:
+        keep_compiled_code()
     name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{torch.get_num_threads()} threads"
     why = (
         f"device {kind} ({name}{why_device}), dtype {str(chosen_dtype).removeprefix('torch.')} ({why_dtype}), "
@@ -115,6 +114,12 @@ def no_compiling(device: torch.device) -> str | None:
     if device.type == "mps":
         return "eager is the safe choice on mps"
     return None if any(map(shutil.which, COMPILERS)) else "no C++ compiler here"
+
+
+def keep_compiled_code() -> None:
+    """What compilers make serves later runs too; torch would keep it where temporary files are."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "sash", "inductor"))
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Compiled steps of decoding against plain ones: the same logits and the same text, for whatever a layer may be."""
 
+import os
 import shutil
 
 import pytest
@@ -172,3 +173,11 @@ def test_a_prompt_is_read_by_the_plain_pass(monkeypatch):
         model(random_tokens(2, 4), cache=cache)
         model(random_tokens(2, 3), cache=cache)
     assert called == []
+
+
+def test_compiled_steps_are_kept_where_later_runs_find_them(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    decode.compiled.__wrapped__(fused)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "sash" / "inductor")
