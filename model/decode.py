@@ -1,10 +1,8 @@
 """A step of decoding, compiled: a few rows at a time, where what takes the time is reading the weights.
 
-Each layer is compiled alone, so that equal layers share one compilation, for any length of the text. In it a product of
-few rows is written as products and their sum: a compiler makes one loop of that, which reads the weights once as they
-lie in memory; libraries of matrix products reach a third of that speed in bfloat16 (docs/experiments.md).
+Each layer is compiled alone, so that equal layers share one compilation, for any length of the text.
 
-Dimensions: B rows, C n_embd, V vocab_size.
+Dimensions: B rows, C n_embd.
 """
 
 from __future__ import annotations
@@ -14,12 +12,12 @@ from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from model.device import Runtime, Switch, keep_compiled_code, no_compiling
 from model.errors import UserError
+from model.kernels.sums import with_sums
 from model.memory import step_bytes
 from model.step import Step
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from model.cache import LayerState
     from model.gpt import GPT
 
-FEW = 4  # rows up to which sums are faster than matrix products
 MOST_COMPILED = 256  # kinds of layers, batches and caches in one process
 
 KIND_S, LAYER_S, BYTE_S = 4.0, 2e-4, 3e-11  # compiling a kind of layer; what it saves a token: by layer, by byte read
@@ -58,30 +55,11 @@ def compiled(function: Function) -> Function:
 
 
 def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable:
-    """torch's own compiler, given sums in place of products of few rows."""
+    """torch's own compiler, given sums in place of products of few rows, and calling its loops from C++ on a CPU."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(with_sums(graph), inputs)  # type: ignore[return-value]
-
-
-def with_sums(graph: GraphModule) -> GraphModule:
-    """The same function; matrix products of few rows are written as products and their sums."""
-    for node in graph.graph.find_nodes(op="call_function", target=F.linear):
-        x = node.args[0].meta["example_value"]
-        if x.numel() <= FEW * x.shape[-1]:
-            node.target = sums
-    graph.recompile()
-    return graph
-
-
-def sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; rows are the innermost but one, so that a row of weights serves them all while it is near."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.reshape(-1, x.shape[-1]).to(wide)  # (B, C)
-    y = (weight.to(wide)[:, None] * rows).sum(dim=-1).t()  # (B, out)
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype).contiguous().view(*x.shape[:-1], -1)
+    on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, Tensor))
+    return compile_fx(with_sums(graph), inputs, config_patches={"cpp_wrapper": on_cpu})  # type: ignore[return-value]
 
 
 def layer(block: nn.Module, x: Tensor, step: Step, state: LayerState) -> Tensor:

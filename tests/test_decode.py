@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model import decode
 from model.gpt import GPT
+from model.kernels.sums import with_sums
 from model.mixers import MIXERS
 from model.sampling import Sampler, stream
 
@@ -47,7 +48,7 @@ def traced(monkeypatch):
     """Assert that steps run as the compiler sees them equal plain ones, and how often it had to look."""
     torch._dynamo.reset()
     seen = []
-    look = lambda graph, inputs: seen.append(graph) or decode.with_sums(graph).forward
+    look = lambda graph, inputs: seen.append(graph) or with_sums(graph).forward
     layer = torch.compile(decode._layer, fullgraph=True, backend=look)
     monkeypatch.setattr(decode, "compiled", lambda function: layer if function is decode._layer else function)
 
@@ -155,13 +156,6 @@ def test_the_text_is_that_of_the_plain_pass(sampler):
     options = {"prompts": prompts, "sampler": sampler, "n_samples": 2}
     plain = text(model, 40, **options)
     assert text(fused(model), 40, **options) == plain
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
-def test_products_of_few_rows_are_those_of_all(rows):
-    torch.manual_seed(0)
-    linear, x = torch.nn.Linear(20, 7, dtype=torch.float64), torch.randn(rows, 1, 20, dtype=torch.float64)
-    assert_equal(decode.sums(x, linear.weight, linear.bias), linear(x))
 
 
 def test_a_prompt_is_read_by_the_plain_pass(monkeypatch):

@@ -1,0 +1,56 @@
+"""Matrix products of a row or a few, for a compiler to make loops of: what decoding does, a token at a time.
+
+Written as products and their sum, one loop reads the weights once as they lie in memory. Libraries of matrix products
+reach a third of that speed in bfloat16 (docs/experiments.md).
+
+Dimensions: B rows, C inputs, N outputs.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+
+def sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, (..., C) and (N, C) -> (..., N); rows are innermost but one: a row of weights serves them all."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.reshape(-1, x.shape[-1]).to(wide)  # (B, C)
+    y = (weight.to(wide)[:, None] * rows).sum(dim=-1).t()  # (B, N)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).contiguous().view(*x.shape[:-1], -1)
+
+
+def int8_sums(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """torch._weight_int8pack_mm, (B, C) and (N, C) -> (B, N), for C that 4 divides.
+
+    Four weights are read as one word of 32 bits, and shifts take each one out, times 2^24: processors convert words to
+    floating point faster than bytes.
+    """
+    words, last = weight.view(torch.int32)[:, None], -1 << 24  # (N, 1, C / 4), the first weight in the lowest bits
+    each = words << 24, (words << 16) & last, (words << 8) & last, words & last
+    rows = torch.cat(x.float().unflatten(-1, (-1, 4)).unbind(-1), dim=-1)  # as they pair with words, and in memory
+    y = reduce(add, (w.float() * row for w, row in zip(each, rows.chunk(4, dim=-1), strict=True))).sum(dim=-1)  # (N, B)
+    return (y.t() * (scale * 2.0**-24)).to(x.dtype).contiguous()
+
+
+SUMS: dict[Callable, tuple[Callable, int, int]] = {  # instead of which, up to how many rows, and what must divide C
+    F.linear: (sums, 4, 1),
+    torch._weight_int8pack_mm: (int8_sums, 1, 4),
+}
+
+
+def with_sums(graph: GraphModule) -> GraphModule:
+    """The same function; matrix products of few rows are written as products and their sums."""
+    for library, (own, most, divisor) in SUMS.items():
+        for node in graph.graph.find_nodes(op="call_function", target=library):
+            shape = node.args[0].meta["example_value"].shape
+            if shape.numel() <= most * shape[-1] and shape[-1] % divisor == 0:
+                node.target = own
+    graph.recompile()
+    return graph
