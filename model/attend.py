@@ -20,7 +20,7 @@ Dimensions: B batch, H query heads, K KV heads, Tq and Tk queries and keys, D he
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from model.errors import UserError
 from model.kernels.flex import block_mask, flex
-from model.kernels.scores import masked_scores, one_query
+from model.kernels.scores import Shape, masked_scores, one_query
 from model.kernels.tiles import block_size, tiles
 from model.positions import alibi_slopes
 from model.step import Step
@@ -118,7 +118,7 @@ def attend(
         case "masked-scores":
             return _masked_scores(q, k, v, q_pos, k_pos, spec, sink_logit, context)
         case "one-query":
-            return one_query(q, k, v, *_seen(q_pos, k_pos, spec, context), **_shapes(spec, q, sink_logit))
+            return one_query(q, k, v, *_seen(q_pos, k_pos, spec, context), _shape(spec, q, sink_logit))
         case "tiles":
             window = T if spec.window is None else min(spec.window, T)
             block, slopes = block_size(window, q.dtype), _slopes(spec, q)
@@ -173,9 +173,9 @@ def _masked_scores(
 ) -> Tensor:
     B, H = q.shape[:2]
     tile = max(1, MASK_ELEMENTS // (B * H * k.shape[2]))
-    shapes = _shapes(spec, q, sink_logit)
+    shape = _shape(spec, q, sink_logit)
     tiles = zip(q.split(tile, dim=2), q_pos.split(tile, dim=1), strict=True)
-    out = [masked_scores(q_tile, k, v, *_seen(pos, k_pos, spec, context), **shapes) for q_tile, pos in tiles]
+    out = [masked_scores(q_tile, k, v, *_seen(pos, k_pos, spec, context), shape) for q_tile, pos in tiles]
     return torch.cat(out, dim=2)
 
 
@@ -184,10 +184,9 @@ def _seen(q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec, context: Tensor | N
     return (q_pos[:, :, None] - k_pos[:, None])[:, None], visible(q_pos, k_pos, spec, context)
 
 
-def _shapes(spec: AttentionSpec, q: Tensor, sink_logit: Tensor | None) -> dict[str, Any]:
-    """What shapes the scores, as `kernels.scores` takes it."""
+def _shape(spec: AttentionSpec, q: Tensor, sink_logit: Tensor | None) -> Shape:
     scale = spec.scale or q.shape[-1] ** -0.5
-    return {"scale": scale, "softcap": spec.softcap, "slopes": _slopes(spec, q), "sink_logit": sink_logit}
+    return Shape(scale=scale, softcap=spec.softcap, slopes=_slopes(spec, q), sink_logit=sink_logit)
 
 
 def _slopes(spec: AttentionSpec, q: Tensor) -> Tensor | None:

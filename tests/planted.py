@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from networks import SMALL
 
 from configs.load import load
 from configs.run_dir import RunDir

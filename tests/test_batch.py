@@ -4,7 +4,8 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import ROOT, random_tokens, tiny_config, tiny_model
+from conftest import ROOT, random_tokens
+from networks import tiny_config, tiny_model
 
 from configs.load import load
 from model.agreement import agreement

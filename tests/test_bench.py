@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_config
+from networks import tiny_config
 
 from model import cost
 from model.errors import UserError

@@ -69,6 +69,21 @@ def test_what_transformers_decodes_has_our_shape_and_our_cache(variant):
 
 
 @torch.no_grad()
+def test_a_static_cache_has_all_its_slots_and_gives_the_same_logits(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    runtime, config = resolve("cpu", "float32"), options().config("swa")
+    said, token = [], torch.zeros(1, 1, dtype=torch.long)
+    for static in (False, True):
+        theirs = Transformers(options(), config, runtime, 12, static=static)
+        torch.manual_seed(1)
+        theirs.prepare()
+        said.append(theirs.forward(input_ids=token, past_key_values=theirs.cache, use_cache=True).logits)
+    assert_equal(said[1], said[0], 1e-5)
+    slots = [4 if spec.window else 12 + 5 for spec in config.layers]
+    assert theirs.cache_bytes == sum(2 * n * 6 * 4 * 4 for n in slots)
+
+
+@torch.no_grad()
 def test_our_clock_starts_where_the_text_has_that_length():
     runtime, config = resolve("cpu", "float32"), options().config("swa")
     ours = decode.Ours(options(), config, runtime, 12, "as-dtype", "as-dtype")

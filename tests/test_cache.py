@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens
 from hypothesis import example, given
 from hypothesis import strategies as st
+from networks import tiny_config, tiny_model
 from torch import Tensor
 
 from model.cache import KVCache, n_slots, slot_positions

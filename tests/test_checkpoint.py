@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_equal, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, random_tokens
+from networks import tiny_config, tiny_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 

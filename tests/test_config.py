@@ -1,7 +1,7 @@
 """ModelConfig: what cannot work is refused with the key, its value, and what is allowed."""
 
 import pytest
-from conftest import tiny_config
+from networks import tiny_config
 from pydantic import ValidationError
 
 from model.config import ModelConfig, describe_layers, expand_pattern

@@ -6,81 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_equal, logits_in_chunks, random_tokens, save_run, tiny_config, tiny_model
-from safetensors.torch import load_file, save_file
+from conftest import assert_equal, logits_in_chunks, random_tokens, save_run
+from exported import DESIGNS, YARN, T, W
+from networks import tiny_config, tiny_model
+from safetensors.torch import load_file
 
 import generate
 import train
 from configs.run_dir import RunDir
 from data.exchange import read_tokenizer_json, write_tokenizer_json
 from data.tokenizer import Tokenizer, make_tokenizer
-from model.gpt import GPT
-from model.optim import Optimizers
 from model.step import Step
 from scripts.convert import __main__ as convert
 
-T, W = 29, 8  # more than three windows
-LIKE_LLAMA = {"qk_norm": False, "tie_embeddings": False, "rope_base": 500.0, "norm_eps": 1e-5, "n_layer": 3}
-GEMMA = {"norm": "rmsnorm+1", "norm_place": "sandwich", "mlp": "geglu", "scale_embeddings": True}
-YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 16}
-MIXED = {"pattern": "2:1", "window": W, "n_layer": 4}
-GPT2 = {
-    "position": "learned",
-    "norm": "layernorm",
-    "bias": True,
-    "qk_norm": False,
-    "mlp": "gelu-tanh",
-    "head_dim": None,
-    "n_kv_head": None,
-    "block_size": 64,
-}
-DESIGNS = {
-    "Llama": LIKE_LLAMA,
-    "Llama tied, biases, yarn": LIKE_LLAMA | YARN | {"tie_embeddings": True, "bias": True},
-    "Llama 3.1": LIKE_LLAMA | {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_trained": 64},
-    "Mistral": LIKE_LLAMA | {"pattern": "swa", "window": W},
-    "Qwen3": LIKE_LLAMA | {"qk_norm": True, "attn_bias": "all"},
-    "Qwen3 mixed, linear scaling": MIXED | {"rope_scaling": "linear", "rope_factor": 2.0},
-    "Gemma 2": GEMMA | MIXED | {"qk_norm": False, "attn_softcap": 2.0, "logit_softcap": 3.0, "attn_scale": 0.25},
-    "Gemma 3": GEMMA
-    | MIXED
-    | {
-        "rope_base": {"swa": 100.0, "full": 1e4},
-        "rope_scaling": {"swa": "none", "full": "linear"},
-        "rope_factor": {"swa": 1.0, "full": 8.0},
-    },
-    "OLMo 3": MIXED
-    | YARN
-    | {
-        "head_dim": None,
-        "qk_norm_over": "projection",
-        "norm_place": "post",
-        "rope_whole_ramp": True,
-        "rope_scaling": {"swa": "none", "full": "yarn"},
-        "rope_factor": {"swa": 1.0, "full": 4.0},
-    },
-    "GPT-2": GPT2,
-    "GPT-2 untied, gelu": GPT2 | {"mlp": "gelu", "tie_embeddings": False},
-}
 each_design = pytest.mark.parametrize("name", DESIGNS)
 
 
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers", reason="transformers is the oracle: install the test group")
-
-
-@pytest.fixture
-def exported(tmp_path, name, program) -> tuple[GPT, Path]:
-    """A run of random weights, and the directory made of it."""
-    model, to = save_run(tmp_path / "run", **{"n_embd": 24} | DESIGNS[name]), tmp_path / "exported"
-    with torch.no_grad():
-        for table in filter(None, (model.wte, model.wpe)):
-            table.weight *= 8  # or biases decide, and greedy text repeats one token
-    RunDir(tmp_path / "run").save(model, Optimizers([torch.optim.AdamW(model.parameters())]), {"step": 4}, best=True)
-    ended = program(convert.main, "export", tmp_path / "run", "--to", to)
-    assert (ended.code, ended.err) == (0, "")
-    return model, to
 
 
 def theirs(transformers, path: Path):
@@ -276,145 +220,3 @@ def test_gpt2s_vocabulary_gives_the_same_tokens_in_the_tokenizers_library(tmp_pa
     for text in [*TEXTS, Path(__file__).read_text(encoding="utf-8")]:
         assert its.encode(text, add_special_tokens=False).ids == ours.encode(text)
     assert its.token_to_id("<|endoftext|>") == ours.eot == 50256
-
-
-@pytest.mark.parametrize(
-    ("design", "parts"),
-    [
-        ({"attn_gate": "head"}, ["no class of transformers fits", "Qwen3 comes nearest", "attn_gate (head)"]),
-        ({"position": "alibi"}, ["cannot say position (alibi)", "rope_base"]),
-        (MIXED | {"window": (3, 5)}, ["Qwen3 comes nearest", "window ((3, 5))"]),
-        (MIXED | {"n_sink": 2}, ["Qwen3 comes nearest", "n_sink (2)"]),
-        ({"rope_fraction": 0.5}, ["Qwen3 comes nearest", "rope_fraction (0.5)"]),
-        ({"sink_logit": True, "attn_softcap": 3.0}, ["sink_logit (True)", "attn_softcap (3.0)"]),
-        ({"pattern": "strided", "sparse_block": 4}, ["pattern (strided)"]),
-        ({"pattern": "swa", "window": 4, "global_tokens": (2,)}, ["global_tokens ((2,))"]),
-        ({"pattern": "linear"}, ["pattern ('linear'): no class of transformers has linear layers"]),
-        ({"mlp": "relu2"}, ["mlp (relu2)"]),
-        ({"attn_bias": "qkv"}, ["attn_bias (qkv)"]),
-        (GEMMA | {"attn_scale": 0.3}, ["Gemma 3 comes nearest", "attn_scale (0.3)"]),
-        ({"n_embd": 20}, ["n_embd (20) must be a multiple of n_head (6)"]),
-        ({"without": "its experts"}, ["without its experts (model.without)"]),
-    ],
-    ids=str,
-)
-def test_export_names_what_no_class_can_say(design, parts, tmp_path, program):
-    save_run(tmp_path / "run", **{"n_embd": 24} | design)
-    program(convert.main, "export", tmp_path / "run", "--to", tmp_path / "to").assert_refused(*parts)
-    assert not (tmp_path / "to").exists()
-
-
-def broken(path: Path, how: str) -> None:
-    """Something that is wrong with a directory that was right."""
-    config, tokenizer = path / "config.json", path / "tokenizer.json"
-    values, tensors = json.loads(config.read_text()), load_file(path / "model.safetensors")
-    match how:
-        case "no config.json":
-            config.unlink()
-        case "config.json damaged":
-            config.write_text("{")
-        case "config.json a list":
-            config.write_text("[]")
-        case "no hidden_size":
-            config.write_text(json.dumps({key: value for key, value in values.items() if key != "hidden_size"}))
-        case "unknown architecture":
-            config.write_text(json.dumps(values | {"model_type": "mamba"}))
-        case "unknown activation":
-            config.write_text(json.dumps(values | {"hidden_act": "relu"}))
-        case "unknown rope_type":
-            config.write_text(json.dumps(values | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}))
-        case "other numbers of llama3":
-            rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "high_freq_factor": 8.0}
-            rope["original_max_position_embeddings"] = 64
-            config.write_text(json.dumps(values | {"rope_parameters": rope}))
-        case "numbers that do not fit":
-            config.write_text(json.dumps(values | {"num_key_value_heads": 4}))
-        case "another shape":
-            config.write_text(json.dumps(values | {"intermediate_size": 30}))
-        case "no weights":
-            (path / "model.safetensors").unlink()
-        case "weights cut short":
-            whole = (path / "model.safetensors").read_bytes()
-            (path / "model.safetensors").write_bytes(whole[:-9])
-        case "a tensor missing":
-            del tensors["model.norm.weight"]
-            save_file(tensors, path / "model.safetensors")
-        case "a tensor too many":
-            save_file(tensors | {"model.layers.0.self_attn.sinks": torch.zeros(6)}, path / "model.safetensors")
-        case "a shard missing":
-            shards = {key: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(tensors)}
-            index = {"weight_map": shards}
-            (path / "model.safetensors.index.json").write_text(json.dumps(index))
-            save_file(tensors, path / "model-00001-of-00002.safetensors")
-        case "no tokenizer":
-            tokenizer.unlink()
-        case "tokenizer damaged":
-            tokenizer.write_text("{}")
-        case "no byte-level BPE":
-            content = json.loads(tokenizer.read_text()) | {"pre_tokenizer": {"type": "Metaspace"}}
-            tokenizer.write_text(json.dumps(content))
-        case "a normalizer":
-            content = json.loads(tokenizer.read_text()) | {"normalizer": {"type": "Lowercase"}}
-            tokenizer.write_text(json.dumps(content))
-        case "no end-of-text":
-            (path / "tokenizer_config.json").unlink()
-        case "a smaller vocabulary than the tokenizer's":
-            config.write_text(json.dumps(values | {"vocab_size": 200}))
-
-
-@pytest.mark.parametrize("name", ["Llama"])
-@pytest.mark.parametrize(
-    ("how", "parts"),
-    [
-        ("no config.json", ["exported is no model that transformers wrote: it has no config.json"]),
-        ("config.json damaged", ["config.json cannot be read"]),
-        ("config.json a list", ["config.json is no object"]),
-        ("no hidden_size", ["config.json does not say hidden_size"]),
-        ("unknown architecture", ["model_type (mamba) is not known; known are llama, mistral, qwen3"]),
-        ("unknown activation", ["hidden_act (relu) is no activation that Sash knows for Llama"]),
-        ("unknown rope_type", ["rope_type (longrope) is not known; known are default, linear, yarn, llama3"]),
-        ("other numbers of llama3", ["high_freq_factor (8.0) of the rotation is nothing that Sash has"]),
-        ("numbers that do not fit", ["config.json: ", "n_head (6) must be divisible by n_kv_head (4)"]),
-        (
-            "another shape",
-            ["model.layers.0.mlp.gate_proj.weight is (28, 24), and config.json makes it (30, 24)"],
-        ),
-        ("no weights", ["model.safetensors is missing: Sash reads safetensors"]),
-        ("weights cut short", ["model.safetensors cannot be read", "copy it again"]),
-        ("a tensor missing", ["the tensor model.norm.weight is missing"]),
-        ("a tensor too many", ["the tensor model.layers.0.self_attn.sinks is nothing that llama has"]),
-        ("a shard missing", ["model-00002-of-00002.safetensors is missing"]),
-        ("no tokenizer", ["tokenizer.json is missing: the directory has no tokenizer that Sash reads"]),
-        ("tokenizer damaged", ["tokenizer.json cannot be read as a tokenizer"]),
-        ("no byte-level BPE", ["tokenizer.json is no byte-level BPE"]),
-        ("a normalizer", ["its normalizer (Lowercase) is none that Sash has: NFC, NFD, NFKC, NFKD"]),
-        ("no end-of-text", ["eos_token (None) is none of its added tokens (<|endoftext|>)"]),
-        ("a smaller vocabulary than the tokenizer's", ["the tokenizer has 257 ids, the model 200"]),
-    ],
-)
-def test_bad_directory_is_one_line_and_leaves_nothing(exported, name, how, parts, tmp_path, program):
-    _, path = exported
-    broken(path, how)
-    program(convert.main, "import", path, "--to", tmp_path / "runs" / "new").assert_refused(*parts)
-    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
-
-
-@pytest.mark.parametrize("name", ["Llama"])
-def test_nothing_that_exists_is_overwritten(exported, name, tmp_path, program):
-    _, path = exported
-    for command, source in (("export", tmp_path / "run"), ("import", path)):
-        program(convert.main, command, source, "--to", path).assert_refused(
-            "exists and is not empty: give another --to"
-        )
-    program(convert.main, "import", tmp_path / "nowhere", "--to", tmp_path / "x").assert_refused("nowhere is no model")
-    program(convert.main, "export", tmp_path / "nowhere", "--to", tmp_path / "x").assert_refused("nowhere is no run")
-
-
-@pytest.mark.parametrize("name", ["Llama"])
-def test_export_that_fails_leaves_nothing(exported, name, tmp_path, program, monkeypatch):
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("scripts.convert.directory.write_tokenizer_json", fail)
-    program(convert.main, "export", tmp_path / "run", "--to", tmp_path / "to").assert_refused("No space left")
-    assert not list(tmp_path.glob("to*"))

@@ -4,9 +4,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import designs, random_tokens, tiny_config, tiny_model
+from conftest import random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import designs, tiny_config, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

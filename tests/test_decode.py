@@ -5,18 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import (
-    assert_equal,
-    by_kind,
-    designs,
-    logits_in_chunks,
-    logits_ragged,
-    random_tokens,
-    tiny_config,
-    tiny_model,
-)
+from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import by_kind, designs, tiny_config, tiny_model
 from torch import Tensor
 
 from model import decode

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from networks import tiny_config, tiny_model
 
 from model import device
 from model.device import COMPILE_FROM_FLOPS, compile_blocks, matmul_rate, resolve

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import assert_equal, logits_in_chunks, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, logits_in_chunks, random_tokens
+from networks import tiny_config, tiny_model
 
 from model import positions
 from model.memory import measure_peak

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from networks import tiny_config
 
 from model.estimate import train_peak
 from model.gpt import GPT

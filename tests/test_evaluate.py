@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_tokens, tiny_config, tiny_model
+from conftest import random_tokens
+from networks import tiny_config, tiny_model
 from torch import Tensor, nn
 
 from data.loader import Tokens, eval_batches

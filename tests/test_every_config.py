@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import SMALL, assert_contract, assert_equal, by_kind, logits_ragged, random_tokens, tiny_model
+from conftest import assert_contract, assert_equal, logits_ragged, random_tokens
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from networks import SMALL, by_kind, tiny_model
 from pydantic import ValidationError
 
 from model.config import ModelConfig

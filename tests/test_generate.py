@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, SMALL, run_program, save_run, tiny_config, tiny_model
+from conftest import CPU, run_program, save_run
+from networks import SMALL, tiny_config, tiny_model
 
 import generate
 from configs.run_dir import RunDir

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from networks import tiny_config, tiny_model
 
 from model import decode, sampling
 from model.device import no_compiling, resolve

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import VOCAB, assert_equal, logits_in_chunks, logits_ragged, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens
+from networks import VOCAB, tiny_config, tiny_model
 from torch import nn
 
 from model.config import ModelConfig

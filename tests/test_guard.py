@@ -5,7 +5,8 @@ import random
 
 import pytest
 import torch
-from conftest import random_tokens, tiny_config, tiny_model
+from conftest import random_tokens
+from networks import tiny_config, tiny_model
 
 from model.guard import LEAST_SPREAD, WARM_UP, WEIGHT, StepGuard
 from model.optim import Optimizers, make_optimizers

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import tiny_config, tiny_model
 from torch import Tensor
 
 from model.config import ModelConfig

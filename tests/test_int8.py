@@ -3,17 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    assert_equal,
-    logits_in_chunks,
-    logits_ragged,
-    random_tokens,
-    tensors_of,
-    tiny_config,
-    tiny_model,
-)
+from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import tiny_config, tiny_model
 
 from model import decode
 from model.cost import cache_bytes, read_bytes

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from networks import tiny_model
 
 from configs.load import load
 from model.config import ModelConfig

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_equal, run_config, tiny_config, tiny_model
+from conftest import assert_equal, run_config
+from networks import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import generate

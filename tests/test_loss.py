@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equal, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, random_tokens
+from networks import tiny_config, tiny_model
 
 import model.loss
 from model.loss import cross_entropy

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_equal, random_tokens, save_run, tiny_config, tiny_model
+from conftest import assert_equal, random_tokens, save_run
+from networks import tiny_config, tiny_model
 
 from model.mixers.attention import Attention
 from model.visible import visible

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import run_config, tiny_config, tiny_model
+from conftest import run_config
+from networks import tiny_config, tiny_model
 from torch import nn
 
 import train

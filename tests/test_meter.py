@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from conftest import random_tokens, tiny_config, tiny_model
+from conftest import random_tokens
+from networks import tiny_config, tiny_model
 
 from model import meter as module
 from model.cost import cache_bytes, n_params, read_bytes

@@ -6,19 +6,10 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import (
-    assert_contract,
-    assert_equal,
-    designs,
-    logits_in_chunks,
-    logits_ragged,
-    random_tokens,
-    tensors_of,
-    tiny_config,
-    tiny_model,
-)
+from conftest import assert_contract, assert_equal, logits_in_chunks, logits_ragged, random_tokens, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import designs, tiny_config, tiny_model
 from torch import Tensor
 
 from model.config import ModelConfig

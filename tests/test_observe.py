@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_equal, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, random_tokens
+from networks import tiny_config, tiny_model
 
 import model.mixers.attention
 from model.attend import attend

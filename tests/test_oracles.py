@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import VOCAB, assert_equal, logits_in_chunks, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, logits_in_chunks, random_tokens
+from networks import VOCAB, tiny_config, tiny_model
 from torch import Tensor, nn
 
 from model.config import ModelConfig

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PNG, random_tokens, run_program, save_run, tiny_config, tiny_model
+from conftest import PNG, random_tokens, run_program, save_run
 from evaluated import figures
+from networks import tiny_config, tiny_model
 from torch import Tensor, nn
 
 from data.recall import CHANCE, KEYS, PASSKEY, documents

@@ -5,9 +5,10 @@ from itertools import islice
 import pytest
 import scipy.stats
 import torch
-from conftest import VOCAB, random_tokens, tiny_config, tiny_model
+from conftest import random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import VOCAB, tiny_config, tiny_model
 from torch import Tensor
 
 from model import sampling

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_equal, cut, logits_in_chunks, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, cut, logits_in_chunks, random_tokens
+from networks import tiny_config, tiny_model
 
 from model.attend import kernel_name
 from model.cost import cache_bytes, train_flops

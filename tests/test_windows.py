@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_equal, random_tokens, tiny_config, tiny_model
+from conftest import assert_equal, random_tokens
+from networks import tiny_config, tiny_model
 
 from model.cost import cache_bytes
 from model.gpt import GPT

@@ -15,8 +15,8 @@ from model.config import ModelConfig
 from model.device import Runtime
 from model.gpt import GPT
 from model.step import Step
+from scripts.bench.peers import transformers_twin
 from scripts.convert.families import attention_of
-from scripts.convert.fit import fitting
 
 if TYPE_CHECKING:
     from scripts.bench.decode import Options
@@ -82,15 +82,8 @@ class Transformers:
     """The class of transformers that has this shape, its caches filled with random keys."""
 
     def __init__(self, options: Options, config: ModelConfig, runtime: Runtime, length: int, *, static: bool):
-        import transformers
-
-        family = fitting(config)
-        theirs = transformers.AutoConfig.for_model(family.model_type, **family.theirs(config))
-        theirs._attn_implementation = "sdpa"
-        theirs.sliding_window = theirs.sliding_window or config.block_size  # asked for where no layer slides too
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(theirs)
-        self.model = model.to(runtime.device, runtime.dtype).eval()
+        self.model = transformers_twin(config, use_cache=True).to(runtime.device, runtime.dtype).eval()
         self.config, self.runtime, self.length, self.static = config, runtime, length, static
         self.n, self.B = options.new_tokens, options.batch_size
         self.forward = torch.compile(self.model.forward) if static else self.model.forward

@@ -11,7 +11,7 @@ from scripts.probes.options import Options
 from scripts.probes.perplexity import read
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
-from scripts.report import new_figure
+from scripts.report import known, new_figure
 
 STRETCHES: tuple[Scaling, ...] = ("linear", "yarn")
 
@@ -62,8 +62,7 @@ def stretched(subject: Subject, scaling: Scaling, context: int) -> GPT | None:
 def _draw(content: dict[str, Any]):
     figure, (axes,) = new_figure("tokens in a context", ["perplexity"])
     for name, curve in content["perplexity"].items():
-        points = [(n, x) for n, x in zip(content["context"], curve, strict=True) if x is not None]
-        axes.loglog(*zip(*points, strict=True), "o-", ms=4, label=name)
+        axes.loglog(*known(content["context"], curve), "o-", ms=4, label=name)
     axes.axvline(content["block_size"], color="grey", lw=0.8, ls=":", label="training context")
     axes.legend(frameon=False)
     return figure

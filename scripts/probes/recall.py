@@ -13,7 +13,7 @@ from model.errors import UserError
 from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
-from scripts.report import new_figure
+from scripts.report import known, new_figure
 
 TOKENS = 131_072  # of held-out documents, where nothing says how many
 PROBES = ("recall", "passkey")
@@ -115,8 +115,7 @@ def window_and_reach(config: ModelConfig) -> tuple[int | None, int | None]:
 def _draw(content: dict[str, Any]):
     figure, (axes,) = new_figure("tokens between a key and its value", ["recalled"])
     for probe, name in zip(PROBES, ("a letter", "a passkey of five digits"), strict=True):
-        points = [(x, y) for x, y in zip(content["distance"], content[probe], strict=True) if y is not None]
-        axes.semilogx(*zip(*points, strict=True), "o-", ms=3, base=2, label=name)
+        axes.semilogx(*known(content["distance"], content[probe]), "o-", ms=3, base=2, label=name)
     axes.set_xticks(content["distance"], [span(first) for first in content["distance"]])
     axes.axhline(content["chance"], color="grey", lw=0.8, ls="--", label="a letter by chance")
     for name, style in (("window", ":"), ("reach", "-.")):

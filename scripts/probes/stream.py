@@ -12,7 +12,7 @@ from model.streaming import recomputed_losses, streamed_losses, through_window
 from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
-from scripts.report import new_figure
+from scripts.report import known, new_figure
 
 PARTS = 32  # of a stream, whose mean losses are drawn
 
@@ -90,8 +90,7 @@ def _by_part(values: Tensor, at: Tensor, N: int) -> Tensor:
 def _draw(content: dict[str, Any]):
     figure, (axes,) = new_figure("tokens of the stream", ["loss (nats per token)"])
     for name, curve in content["streams"].items():
-        known = [(x, y) for x, y in zip(content["position"], curve, strict=True) if y is not None]
-        axes.plot(*zip(*known, strict=True), "o-", ms=3, label=name)
+        axes.plot(*known(content["position"], curve), "o-", ms=3, label=name)
     axes.axvline(content["block_size"], color="grey", lw=0.8, ls=":", label="training context")
     axes.legend(frameon=False)
     return figure

@@ -1,6 +1,7 @@
 """The one style of all plots: an empty figure, a legend, how a variant looks."""
 
 import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def save_figure(figure, path: Path, *, dpi: int = 144) -> None:
     figure.savefig(image, dpi=dpi, format=kind if kind in ("svg", "pdf") else "png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, image.getvalue())
+
+
+def known(xs: Iterable, ys: Iterable) -> Iterator[tuple]:
+    """The points that have a y, as axes.plot takes them: all their xs, then all their ys."""
+    return zip(*((x, y) for x, y in zip(xs, ys, strict=True) if y is not None), strict=True)
 
 
 def legend(figure, axes) -> None:
