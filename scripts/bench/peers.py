@@ -7,7 +7,7 @@ from scripts.convert.fit import fitting
 
 
 def transformers_twin(config: ModelConfig, *, use_cache: bool = False) -> nn.Module:
-    """A new model of transformers with this shape, to train or, with a cache, to decode. UserError where it has none."""
+    """A new model of transformers with this shape, to train or, with a cache, to decode. UserError if it has none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = fitting(config)
