@@ -36,7 +36,7 @@ def int8_sums(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     each = words << 24, (words << 16) & last, (words << 8) & last, words & last
     rows = torch.cat(x.float().unflatten(-1, (-1, 4)).unbind(-1), dim=-1)  # as they pair with words, and in memory
     y = reduce(add, (w.float() * row for w, row in zip(each, rows.chunk(4, dim=-1), strict=True))).sum(dim=-1)  # (N, B)
-    return (y.t() * (scale * 2.0**-24)).to(x.dtype).contiguous()
+    return (y.t() * 2.0**-24 * scale).to(x.dtype).contiguous()  # in this order: float16 has no 2^-24 to spare
 
 
 SUMS: dict[Callable, tuple[Callable, int, int]] = {  # instead of which, up to how many rows, and what must divide C
