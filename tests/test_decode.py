@@ -162,7 +162,8 @@ def test_a_prompt_is_read_by_the_plain_pass(monkeypatch):
 
 
 def test_compiled_steps_are_kept_where_later_runs_find_them(monkeypatch, tmp_path):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back, whether it was there or not
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     decode.compiled.__wrapped__(fused)
