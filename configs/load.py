@@ -81,6 +81,8 @@ def _explain(schema: type, key: tuple[str, ...], error: Any) -> str:
         known = list(_section(schema, key[:-1]).model_fields)
         near = difflib.get_close_matches(key[-1], known, n=1)
         return f"{name} is unknown; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{name} is missing: write it"
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{name}: {message}" if key else message

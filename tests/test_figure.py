@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.report import new_figure, save_figure
+from scripts.report import known, new_figure, save_figure
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(tmp_path):
         save_figure(figure, tmp_path / "a.png")
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == b"before"
+
+
+def test_points_without_a_value_are_left_out():
+    assert list(known([1, 2, 3], [0.5, None, 0.0])) == [(1, 3), (0.5, 0.0)]

@@ -59,6 +59,12 @@ def test_a_wrong_study_is_refused_in_one_line(write_study, program, changes, wor
     assert not file.with_suffix("").exists()
 
 
+def test_a_run_in_place_of_a_study_is_refused_by_what_it_lacks(tmp_path, program):
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nmax_steps = 3\n")
+    program(lab.main, file).assert_refused(f"{file}: baseline is missing: write it")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
