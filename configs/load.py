@@ -81,7 +81,7 @@ def _explain(schema: type, key: tuple[str, ...], error: Any) -> str:
         known = list(_section(schema, key[:-1]).model_fields)
         near = difflib.get_close_matches(key[-1], known, n=1)
         return f"{name} is unknown; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(error["loc"]) == len(key):  # the key, not a part of its value
         return f"{name} is missing: write it"
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
