@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from configs.background import Background
 from configs.load import from_command_line
 from configs.program import exit_with_one_line, stop_signals
 from configs.run_dir import Metrics, RunDir, environment
@@ -45,7 +46,7 @@ class RunResult:
 
 def run(config: RunConfig) -> RunResult:
     """Train as the config says, or go on with the run that was begun. UserError for what cannot work."""
-    with parallel.together(config.device) as world:
+    with parallel.together(config.device) as world, RunDir(config.path).alone() if world.is_first else nullcontext():
         return run_in(world, config)
 
 
@@ -63,7 +64,7 @@ def run_in(world: World, config: RunConfig) -> RunResult:
     resumed, progress = None, Progress()
     if run_dir.exists():
         run_dir.check_same(config, data_hash=prepared.digest)
-        resumed = run_dir.latest()
+        resumed = run_dir.to_go_on_from(lambda text: world.say(text, sys.stderr))
         progress = Progress(**resumed.state["progress"]) if resumed else progress
         if progress.is_over(train) and (summary := run_dir.summary()):
             longer = "max_steps" if progress.step >= max_steps else "patience"
@@ -98,6 +99,7 @@ def run_in(world: World, config: RunConfig) -> RunResult:
         stop_signals() as stopped,
         closing(Metrics(run_dir, config)) if world.is_first else nullcontext() as metrics,
         closing(ahead(batches_of_all, runtime.place, in_thread=runtime.device.type == "cuda")) as batches,
+        closing(Background()) as background,
         progress_bar(config, progress.step, show=show) as bar,
     ):
         while not progress.is_over(train) and not (signal := world.largest(*stopped[:1])):
@@ -114,10 +116,10 @@ def run_in(world: World, config: RunConfig) -> RunResult:
                         world.say(f"note: {note}", sys.stderr)
             bar.update()
             if trainer.improved or due(train.checkpoint_every):
-                trainer.save(run_dir)
+                trainer.save(run_dir, background)
                 saved_at = progress.step
         if saved_at != progress.step:
-            trainer.save(run_dir)
+            trainer.save(run_dir, background)
     if signal:
         world.say(f"stopped at step {progress.step}; the same command goes on from there", sys.stderr)
         return RunResult(path=run_dir.path, step=progress.step, stopped_by=signal)

@@ -4,13 +4,16 @@ import json
 import os
 import platform
 import subprocess
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 
+from configs.background import Background
 from configs.load import build
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer
@@ -26,9 +29,9 @@ from model.tensors import CheckpointKind
 MAY_CHANGE = (  # on resume: none of them is part of the experiment
     *("name", "out_dir", "data.dir", "device", "dtype", "compile", "log", "model.kernel"),
     *("train.max_steps", "train.patience", "train.micro_batch", "train.recompute"),
-    *("train.parallel", "train.checkpoint"),
+    *("train.parallel", "train.checkpoint", "train.keep_checkpoints"),
 )
-KEEP = 2  # newest checkpoints, beside the best
+LOCK = ".lock"
 
 
 class RunDir:
@@ -93,9 +96,28 @@ class RunDir:
                 f"give another --name, or remove the directory to begin again"
             )
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process trains this run as long as the block lasts. UserError if one does."""
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.path / LOCK, timeout=0).acquire()
+        except Timeout:
+            raise UserError(f"{self.path} is trained by another process now: wait, or give another --name") from None
+        try:
+            with lock:
+                yield
+        finally:
+            if not self.exists():  # it was not begun: leave nothing
+                (self.path / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):
+                    for path in new:
+                        path.rmdir()
+
     def begin(self, config: RunConfig, facts: dict[str, Any]) -> None:
         """Write config.json; from here on the directory is a run."""
-        own = {"checkpoints", "config.json.tmp"}  # what a start that was cut short leaves
+        own = {"checkpoints", "config.json.tmp", LOCK}  # what a start that was cut short leaves
         if self.path.exists() and not self.exists() and not own.issuperset(x.name for x in self.path.iterdir()):
             raise UserError(f"{self.path} exists and is no run: give another --name")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -109,29 +131,53 @@ class RunDir:
         progress: dict[str, Any],
         *,
         best: bool,
+        keep: int = 2,
         kind: CheckpointKind = "whole",
         world: World = ALONE,
+        background: Background | None = None,
     ) -> None:
-        """A checkpoint that `latest`, and if it is the best so far `best`, points to; old ones go. Called by all."""
-        saved = checkpoint.save(
-            self.checkpoints,
-            step=progress["step"],
-            model=model,
-            optimizers=optimizers,
-            state={"progress": progress},
-            kind=kind,
-            world=world,
-        )
-        if not world.is_first:
-            return
+        """A checkpoint that `latest`, and if it is the best so far `best`, points to; all but `keep` and it go.
+
+        Called by all. What is whole is copied and written in the background, if there is one; shards are at once.
+        """
+        if kind == "sharded":
+            background = None
+        if background is not None:
+            background.wait()  # one copy in memory at a time
+        content = checkpoint.content(model, optimizers, kind=kind, world=world, copy=background is not None)
+
+        def write() -> None:
+            saved = checkpoint.write(self.checkpoints, content, step=progress["step"], state={"progress": progress})
+            if world.is_first:
+                self._point_and_prune(saved, best=best, keep=keep)
+
+        if kind == "sharded" or world.is_first:
+            write() if background is None else background.start(write)
+
+    def _point_and_prune(self, saved: Path, *, best: bool, keep: int) -> None:
         checkpoint.point(self.checkpoints, "latest", saved)
         if best:
             checkpoint.point(self.checkpoints, "best", saved)
         steps = checkpoint.list_steps(self.checkpoints)
-        keep = {checkpoint.pointed(self.checkpoints, "best"), *steps[-KEEP:]}
+        kept = {checkpoint.pointed(self.checkpoints, "best"), *steps[-keep:]}
         for path in steps:
-            if path not in keep:
+            if path not in kept:
                 checkpoint.remove(path)
+
+    def to_go_on_from(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that is whole, and what is wrong with newer ones is said; None before the first.
+
+        UserError if there were some and none is whole.
+        """
+        try:
+            return self.latest()
+        except UserError as error:
+            for path in reversed(checkpoint.list_steps(self.checkpoints)):
+                with suppress(UserError):
+                    older = checkpoint.read(path)
+                    say(f"note: {error}; {path}, which is whole, is taken instead")
+                    return older
+            raise
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, verified; None before the first. UserError if it was there and is gone."""

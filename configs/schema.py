@@ -12,6 +12,14 @@ from model.optim import OptimizerName, Schedule
 from model.parallel import Parallel
 from model.tensors import CheckpointKind
 
+KEPT_AND_SHOWN: dict[str, Any] = {
+    "name": True,
+    "out_dir": True,
+    "log": True,
+    "data": {"dir"},
+    "train": {"keep_checkpoints"},
+}
+
 
 class DataConfig(Section):
     """Which text, cut into which tokens."""
@@ -92,6 +100,7 @@ class TrainConfig(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics")
     checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints; there is always one at the end")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay, beside the best")
     patience: int | None = Field(
         None, ge=1, description="evaluations in a row without a better one after which the run ends; none: never"
     )
@@ -151,7 +160,7 @@ class RunConfig(Section):
 
     def experiment(self) -> dict[str, Any]:
         """All of it as JSON, but where it is kept and shown: runs of equal ones are the same experiment."""
-        return self.model_dump(mode="json", exclude={"name": True, "out_dir": True, "log": True, "data": {"dir"}})
+        return self.model_dump(mode="json", exclude=KEPT_AND_SHOWN)
 
     @property
     def global_rows(self) -> int:

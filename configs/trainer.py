@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.background import Background
 from configs.run_dir import RunDir
 from configs.schema import RunConfig, TrainConfig
 from data.loader import TrainLoader, eval_batches, stream_hash
@@ -196,13 +197,21 @@ class Trainer:
             f"heart; the best checkpoint is kept, --train.patience N ends such a run, more text or dropout prevents it"
         )
 
-    def save(self, run_dir: RunDir) -> None:
+    def save(self, run_dir: RunDir, background: Background) -> None:
         """A checkpoint, which is the best one if the last evaluation said so."""
         with self._not_training():
             self.progress.loss_sum, count = self.sums.tolist()
             self.progress.loss_count, self.progress.guard = int(count), self.guard.state()
-            kind, world = self.config.train.checkpoint, self.world
-            run_dir.save(self.model, self.optimizers, asdict(self.progress), best=self.improved, kind=kind, world=world)
+            run_dir.save(
+                self.model,
+                self.optimizers,
+                asdict(self.progress),
+                best=self.improved,
+                keep=self.config.train.keep_checkpoints,
+                kind=self.config.train.checkpoint,
+                world=self.world,
+                background=background,
+            )
         self.improved = False
 
     def report(self) -> dict[str, Any]:

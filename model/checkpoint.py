@@ -33,34 +33,60 @@ class Checkpoint:
         return self.state["step"]
 
 
-def save(
-    root: Path,
-    *,
-    step: int,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What a checkpoint is to hold: tensors by file, gathered in the first process or, for shards, as they are."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    kind: CheckpointKind
+    world: World
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for tensors in self.tensors.values() for x in tensors.values())
+
+
+def content(
     model: nn.Module,
     optimizers: Optimizers | None = None,
-    state: dict,
+    *,
     kind: CheckpointKind = "whole",
     world: World = ALONE,
-) -> Path:
-    """Write root/step_XXXXXXXX and return its path. It appears by rename; a crash leaves only a *.tmp directory.
+    copy: bool = False,
+) -> Content:
+    """Of weights and optimizer state; with `copy` what is trained meanwhile does not change it. Called by all."""
+    named = {"model": unique_tensors(model)}
+    if optimizers is not None:
+        named["optimizer"] = _optimizer_tensors(model, optimizers)
+    if kind == "whole":
+        named = {name: tensors.gather(of_file, world, copy=copy) for name, of_file in named.items()}
+    return Content(tensors=named, kind=kind, world=world)
 
-    Every process must call it; they share the file system.
+
+def write(root: Path, content: Content, *, step: int, state: dict) -> Path:
+    """Make root/step_XXXXXXXX and return its path. It appears by rename; a crash leaves only a *.tmp directory.
+
+    Shards are written by all processes, which share the file system; what is whole by the first, whenever it likes.
+    UserError, before anything is written, where there is no room for it.
     """
     final = root / f"step_{step:08d}"
     partial = root / f"{final.name}.tmp"
+    world = content.world if content.kind == "sharded" else ALONE
     if world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
+        _check_room(root, content.nbytes)
         partial.mkdir(parents=True)
     world.wait()
     try:
-        tensors.write(partial, "model", unique_tensors(model), kind=kind, world=world)
-        if optimizers is not None:
-            tensors.write(partial, "optimizer", _optimizer_tensors(model, optimizers), kind=kind, world=world)
+        for name, of_file in content.tensors.items():
+            if content.kind == "sharded":
+                tensors.write_shards(partial / name, of_file)
+            else:
+                tensors.write(partial / f"{name}.safetensors", of_file)
         if world.is_first:
             files = {str(file.relative_to(partial)): _digest(file) for file in _files(partial)}
-            content = {"format": FORMAT, "step": step, **state, "sha256": files}
-            write_json(partial / "state.json", content | {"own_sha256": _own_digest(content)})
+            described = {"format": FORMAT, "step": step, **state, "sha256": files}
+            write_json(partial / "state.json", described | {"own_sha256": _own_digest(described)})
             for path in sorted(partial.rglob("*")):
                 _sync(path)
             shutil.rmtree(final, ignore_errors=True)
@@ -180,6 +206,15 @@ def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Te
     return {
         f"optimizer/{names[p]}/{slot}": value for p, state in optimizers.state.items() for slot, value in state.items()
     }
+
+
+def _check_room(root: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(root if root.exists() else root.parent).free
+    if free < n_bytes:
+        raise UserError(
+            f"No space left on device: {root} has {free / 1e6:,.1f} MB free and a checkpoint takes "
+            f"{n_bytes / 1e6:,.1f}: make room, and the same command goes on"
+        )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -18,23 +18,38 @@ from model.parallel import World, like, whole
 CheckpointKind = Literal["whole", "sharded"]
 
 
-def write(folder: Path, name: str, tensors: dict[str, Tensor], *, kind: CheckpointKind, world: World) -> None:
-    """The file NAME.safetensors, by the first process, or the folder NAME, by all. OSError where there is no room."""
-    if kind == "sharded":
-        _write_shards(folder / name, tensors)
-        return
+def gather(tensors: dict[str, Tensor], world: World, *, copy: bool) -> dict[str, Tensor]:
+    """They, whole and in the CPU's memory, in the first process; the others help and get none."""
     gathered = {}
     for key, x in tensors.items():
-        full = whole(x)
+        full = whole(x).detach()
         if world.is_first:
-            gathered[key] = full.detach().cpu().contiguous() if full is not x else full.contiguous()
-    if world.is_first:
-        try:
-            save_file(gathered, folder / f"{name}.safetensors")
-        except SafetensorError as error:
-            if match := re.search(r"^(?:.*: )?(.+) \(os error (\d+)\)$", str(error)):  # safetensors hides the number
-                raise OSError(int(match[2]), match[1], str(folder)) from None
-            raise
+            gathered[key] = full.to("cpu", copy=copy and full.is_cpu).contiguous()
+    return gathered
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file. OSError where there is no room."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        if match := re.search(r"^(?:.*: )?(.+) \(os error (\d+)\)$", str(error)):  # safetensors hides the number
+            raise OSError(int(match[2]), match[1], str(path.parent)) from None
+        raise
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """A folder into which each process writes its part. OSError where there is no room."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        with _by_itself():
+            dcp.save({key: x.detach() for key, x in tensors.items()}, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError):
+                raise cause from None
+        raise
 
 
 def shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
@@ -64,19 +79,6 @@ def read(folder: Path, name: str, owner: Callable[[str], Tensor]) -> dict[str, T
     with _by_itself():
         dcp.load(tensors, checkpoint_id=folder / name)
     return tensors
-
-
-def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    try:
-        with _by_itself():
-            dcp.save({key: x.detach() for key, x in tensors.items()}, checkpoint_id=folder)
-    except dcp.CheckpointException as error:
-        for cause, _ in error.failures.values():
-            if isinstance(cause, OSError):
-                raise cause from None
-        raise
 
 
 @contextmanager

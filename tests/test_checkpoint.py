@@ -37,7 +37,7 @@ def train(model: GPT, optimizers: Optimizers, seed: int = 3) -> None:
 
 def save(root: Path, training: tuple[GPT, Optimizers], step: int = 7) -> Path:
     model, optimizers = training
-    return checkpoint.save(root, step=step, model=model, optimizers=optimizers, state={"kept": step})
+    return checkpoint.write(root, checkpoint.content(model, optimizers), step=step, state={"kept": step})
 
 
 def everything(training: tuple[GPT, Optimizers]) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
 
 
 def test_a_network_alone_is_saved_without_optimizer(tmp_path, trained):
-    path = checkpoint.save(tmp_path, step=1, model=trained[0], state={})
+    path = checkpoint.write(tmp_path, checkpoint.content(trained[0]), step=1, state={})
     assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "state.json"]
     checkpoint.load_model(make_training(seed=5)[0], checkpoint.read(path))
     with pytest.raises(UserError, match=r"optimizer\.safetensors cannot be read"):
@@ -179,10 +179,21 @@ def test_a_disk_that_fills_while_tensors_are_written_is_an_oserror_and_leaves_no
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_there_is_no_room_nothing_is_written_and_it_is_said(tmp_path, monkeypatch, trained):
+    n_bytes = checkpoint.content(*trained).nbytes
+    usage = lambda free: lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+    monkeypatch.setattr(shutil, "disk_usage", usage(n_bytes - 1))
+    with pytest.raises(UserError, match=r"No space left on device: .* MB free and a checkpoint takes 0\.\d: make room"):
+        save(tmp_path / "new", trained)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", usage(n_bytes))
+    assert checkpoint.read(save(tmp_path, trained)).step == 7
+
+
 def test_a_disk_that_fills_while_parts_are_written_is_an_oserror_and_leaves_nothing(tmp_path, monkeypatch, trained):
     fail_at(monkeypatch, "os.fsync", 1, FULL)
     with pytest.raises(OSError, match="No space left on device"):
-        checkpoint.save(tmp_path, step=7, model=trained[0], optimizers=trained[1], state={}, kind="sharded")
+        checkpoint.write(tmp_path, checkpoint.content(*trained, kind="sharded"), step=7, state={})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -269,7 +270,7 @@ def test_a_run_outside_the_main_thread_works_without_signals(tmp_path, text):
     assert result.summary["step"] == 12
 
 
-# What is damaged is refused, and nothing changes.
+# What is damaged is said: an older checkpoint is taken, and where there is none, nothing changes.
 
 DAMAGES = {
     "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
@@ -280,25 +281,50 @@ DAMAGES = {
 
 @pytest.fixture
 def stopped(tmp_path, text, monkeypatch, unmeasured) -> RunConfig:
-    """A run stopped at step 6 of 12."""
-    config = run_config(tmp_path, text)
+    """A run stopped at step 6 of 12, with checkpoints of 5 and 6."""
+    config = run_config(tmp_path, text, **DROPOUT)
     with monkeypatch.context() as patch:
         stop_at(patch, 6, signal.SIGTERM)
         train.run(config)
     return config
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_changes(
+def test_the_checkpoint_before_a_damaged_one_is_taken_and_nothing_is_lost(stopped, whole, capsys, damage, name):
+    newest = stopped.path / "checkpoints" / "step_00000006"
+    DAMAGES[damage](newest / name)
+    train.run(stopped)
+    said = capsys.readouterr()
+    assert said.err.startswith(f"note: {newest}")
+    assert said.err.endswith("step_00000005, which is whole, is taken instead\n")
+    assert "going on from step 5\n" in said.out
+    assert_same(stopped.path, whole)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_where_all_checkpoints_are_damaged_it_is_one_line_and_nothing_changes(
     tmp_path, text, program, stopped, damage, name
 ):
-    file = stopped.path / "checkpoints" / "step_00000006" / name
-    DAMAGES[damage](file)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    ended = program(train.main, *command_line(tmp_path, text), name="train.py")
-    ended.assert_refused("train.py: ", str(file if "safetensors" in name else file.parent))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    steps = checkpoint.list_steps(stopped.path / "checkpoints")
+    for path in steps:
+        DAMAGES[damage](path / name)
+    times = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
+    before = times()
+    ended = program(train.main, *command_line(tmp_path, text, **DROPOUT), name="train.py")
+    ended.assert_refused("train.py: ", str(steps[-1] / name if "safetensors" in name else steps[-1]))
+    assert times() == before
+
+
+def test_a_run_that_is_trained_by_another_process_is_refused(tmp_path, text, program, stopped):
+    with RunDir(stopped.path).alone():
+        ended = program(train.main, *command_line(tmp_path, text, **DROPOUT), name="train.py")
+    ended.assert_refused(f"train.py: {stopped.path} is trained by another process now")
+    assert RunDir(stopped.path).latest().step == 6
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
@@ -321,14 +347,25 @@ def long_whole(tmp_path_factory, text) -> Path:
     return out / "run"
 
 
-def signalled(out: Path, text: Path, number: int, step: int) -> Ended:
-    """The process that got a signal as soon as its metrics said this step."""
-    process = start_program("train.py", *command_line(out, text, **LONG))
-    metrics, end = out / "run" / "metrics.jsonl", time.monotonic() + PATIENCE_S
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
+def n_lines(out: Path) -> int:
+    """How many lines of metrics the run has, the last one finished or not."""
+    metrics = out / "run" / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def started(out: Path, text: Path, lines: int, **values) -> subprocess.Popen[str]:
+    """The process as soon as its metrics have so many lines."""
+    process, end = start_program("train.py", *command_line(out, text, **values)), time.monotonic() + PATIENCE_S
+    while n_lines(out) < lines:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.001)
+    return process
+
+
+def signalled(out: Path, text: Path, number: int, lines: int) -> Ended:
+    """The process that got a signal as soon as its metrics had so many lines."""
+    process = started(out, text, lines, **LONG)
     process.send_signal(number)
     out_text, err = process.communicate(timeout=PATIENCE_S)
     return Ended(process.returncode, out_text, err)
@@ -343,6 +380,22 @@ def test_a_killed_process_and_its_repetition_equal_one_that_was_not_killed(tmp_p
     assert repeated.code == 0, repeated
     assert "going on from step" in repeated.out
     assert_same(tmp_path / "run", long_whole)
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_thirty_random_moments_equals_one_that_was_not(tmp_path, text):
+    longer = LONG | {"train": {"max_steps": 6000, "checkpoint_every": 11, "eval_every": 180, "log_every": 10}}
+    draw = random.SystemRandom()
+    for _ in range(30):
+        process = started(tmp_path, text, n_lines(tmp_path) + 1, **longer)
+        time.sleep(draw.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        assert RunDir(tmp_path / "run").summary() is None
+    for out in (tmp_path, tmp_path / "undisturbed"):
+        ended = run_program("train.py", *command_line(out, text, **longer))
+        assert ended.code == 0, ended
+    assert_same(tmp_path / "run", tmp_path / "undisturbed" / "run")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import warnings
 from functools import reduce
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 from conftest import save_run
 
-from configs.run_dir import KEEP, MAY_CHANGE, RunDir, environment
+from configs.background import Background
+from configs.run_dir import MAY_CHANGE, RunDir, environment
 from configs.schema import RunConfig
 from model import checkpoint
 from model.device import resolve
@@ -24,10 +26,10 @@ def tiny_training() -> tuple[torch.nn.Module, Optimizers]:
     return model, Optimizers([torch.optim.SGD(model.parameters())])
 
 
-def save_steps(run: RunDir, steps: dict[int, bool]) -> None:
+def save_steps(run: RunDir, steps: dict[int, bool], **how) -> None:
     """Checkpoints of these steps, the best so far or not."""
     for step, best in steps.items():
-        run.save(*tiny_training(), {"step": step}, best=best)
+        run.save(*tiny_training(), {"step": step}, best=best, **how)
 
 
 def kept(run: RunDir) -> list[int]:
@@ -226,9 +228,13 @@ def test_other_data_is_refused_with_both_hashes(begun, config):
 
 def test_pruning_keeps_the_best_and_the_newest_two(begun):
     save_steps(begun, {10: True, 20: True, 30: False, 40: False, 50: False})
-    assert KEEP == 2
     assert kept(begun) == [20, 40, 50]
     assert (begun.checkpoint("best").step, begun.checkpoint("latest").step) == (20, 50)
+
+
+def test_as_many_stay_as_are_asked_for(begun):
+    save_steps(begun, {10: True, 20: False, 30: False, 40: False, 50: False}, keep=3)
+    assert kept(begun) == [10, 30, 40, 50]
 
 
 def test_a_best_that_is_new_needs_no_room_of_its_own(begun):
@@ -258,6 +264,100 @@ def test_a_latest_that_is_gone_is_said_and_not_begun_anew(begun):
     checkpoint.remove(begun.path / "checkpoints" / "step_00000010")
     with pytest.raises(UserError, match=r"latest points to 'step_00000010', which is gone: write the name of another"):
         begun.latest()
+
+
+def damage(run: RunDir, step: int) -> Path:
+    """One bit of the weights flips."""
+    file = run.checkpoints / f"step_{step:08d}" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    return file
+
+
+def test_a_damaged_latest_is_said_and_the_one_before_it_taken(begun):
+    save_steps(begun, {10: True, 20: False})
+    file, said = damage(begun, 20), []
+    assert begun.to_go_on_from(said.append).step == 10
+    why = f"{file} is missing or damaged: its bytes are not those that were written"
+    assert said == [f"note: {why}; {begun.checkpoints / 'step_00000010'}, which is whole, is taken instead"]
+
+
+def test_a_pointer_that_is_damaged_costs_nothing(begun):
+    save_steps(begun, {10: True, 20: False})
+    (begun.checkpoints / "latest").write_bytes(b"\xff")
+    assert begun.to_go_on_from(lambda text: None).step == 20
+
+
+def test_where_all_checkpoints_are_damaged_the_newest_is_named(begun):
+    save_steps(begun, {10: True, 20: False})
+    damage(begun, 10)
+    with pytest.raises(UserError, match=re.escape(f"{damage(begun, 20)} is missing or damaged")):
+        begun.to_go_on_from(lambda text: None)
+
+
+def test_whole_checkpoints_are_quietly_taken(begun):
+    said: list[str] = []
+    assert begun.to_go_on_from(said.append) is None
+    save_steps(begun, {10: True, 20: False})
+    assert begun.to_go_on_from(said.append).step == 20
+    assert said == []
+
+
+# In the background.
+
+
+def test_what_is_trained_while_a_checkpoint_is_written_does_not_change_it(begun, monkeypatch):
+    write, go_on = checkpoint.write, threading.Event()
+    monkeypatch.setattr(checkpoint, "write", lambda *args, **kwargs: go_on.wait() and write(*args, **kwargs))
+    (model, optimizers), background = tiny_training(), Background()
+    before = model.weight.detach().clone()
+    begun.save(model, optimizers, {"step": 10}, best=True, background=background)
+    with torch.no_grad():
+        model.weight += 1
+    assert kept(begun) == []
+    go_on.set()
+    background.close()
+    assert kept(begun) == [10]
+    checkpoint.load_model(model, begun.latest())
+    assert torch.equal(model.weight, before)
+
+
+def test_a_failure_in_the_background_is_raised_by_the_next_save(begun, monkeypatch):
+    background = Background()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("full")))
+        begun.save(*tiny_training(), {"step": 10}, best=True, background=background)
+        with pytest.raises(OSError, match="full"):
+            begun.save(*tiny_training(), {"step": 20}, best=True, background=background)
+    begun.save(*tiny_training(), {"step": 30}, best=True, background=background)
+    background.close()
+    assert kept(begun) == [30]
+
+
+# Alone.
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(begun):
+    said = f"{begun.path} is trained by another process now: wait, or give another --name"
+    with begun.alone():
+        with pytest.raises(UserError) as error, RunDir(begun.path).alone():
+            pass
+        assert str(error.value) == said
+    with RunDir(begun.path).alone():
+        pass
+
+
+def test_a_run_that_was_not_begun_leaves_nothing(config):
+    with RunDir(config.path).alone():
+        assert config.path.exists()
+    assert not config.path.exists()
+
+
+def test_a_directory_of_something_else_keeps_what_it_has(config):
+    config.path.mkdir(parents=True)
+    (config.path / "thesis.tex").write_text("mine")
+    with RunDir(config.path).alone():
+        pass
+    assert [file.name for file in config.path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_failed_removal_of_old_ones_leaves_no_damaged_checkpoint_in_use(begun, monkeypatch):

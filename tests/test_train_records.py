@@ -113,7 +113,7 @@ def test_the_summary_is_the_last_line_and_what_the_run_came_to(trained):
 
 def test_a_run_leaves_config_metrics_summary_tokenizer_and_checkpoints(trained):
     run = trained()
-    names = ["checkpoints", "config.json", "metrics.jsonl", "summary.json", "tokenizer.json"]
+    names = [".lock", "checkpoints", "config.json", "metrics.jsonl", "summary.json", "tokenizer.json"]
     assert sorted(file.name for file in run.path.iterdir()) == names
     assert {file.name for file in run.checkpoints.iterdir()} >= {"best", "latest", "step_00000012"}
     assert not list(run.path.rglob("*.tmp"))

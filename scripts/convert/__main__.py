@@ -90,7 +90,7 @@ def import_(options: Import) -> None:
     with directory.new_directory(options.to) as path:
         run = RunDir(path)
         run.begin(config, {"data": "none", "imported_from": str(source)})
-        saved = checkpoint.save(run.checkpoints, step=0, model=model, state={"progress": {"step": 0}})
+        saved = checkpoint.write(run.checkpoints, checkpoint.content(model), step=0, state={"progress": {"step": 0}})
         for name in ("latest", "best"):
             checkpoint.point(run.checkpoints, name, saved)
         tokenizer.save(path / "tokenizer.json")
