@@ -3,7 +3,7 @@
 Dimensions: B batch, T time, C n_embd.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,37 @@ GATED = {"swiglu": F.silu, "geglu": lambda x: F.gelu(x, approximate="tanh")}
 PLAIN = {"gelu": F.gelu, "gelu-tanh": GATED["geglu"], "relu2": lambda x: F.relu(x).square()}
 
 
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight by hand: on a CPU torch has it as a chain of operators, of which the gradient is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).sqrt_()
+        ctx.save_for_backward(x, weight, rms)
+        return (x / rms).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rms = ctx.saved_tensors
+        unit = x / rms
+        product = grad * unit
+        along = (product @ weight).div_(x.shape[-1])[..., None]  # how far the gradient points along x
+        return (grad * weight).sub_(unit.mul_(along)).div_(rms), product.flatten(0, -2).sum(0), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 at least; autocast leaves it there."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    keep = torch.is_autocast_enabled(x.device.type)
+    if x.is_cpu and not torch.compiler.is_compiling():
+        y = _RMSNorm.apply(x.to(wide), weight.to(wide), eps)
+    else:
+        y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
+    return y if keep else y.to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 (1910.07467)."""
+    """x / rms(x) * weight (1910.07467)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -24,19 +53,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RMSNormPlusOne(RMSNorm):
-    """The same times 1 + weight, multiplied in float32 (Gemma): weights of 0, which may decay, change nothing."""
+    """The same times 1 + weight (Gemma): weights of 0, which may decay, change nothing."""
 
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps)
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.eps).to(x.dtype)
+        return rms_norm(x, 1 + self.weight.to(torch.promote_types(x.dtype, torch.float32)), self.eps)
 
 
 NORMS = {"rmsnorm": RMSNorm, "rmsnorm+1": RMSNormPlusOne}

@@ -13,7 +13,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
-from model.layers import RMSNorm, RMSNormPlusOne
+from model.layers import RMSNorm, RMSNormPlusOne, rms_norm
 from model.positions import Rope, rotate
 from model.step import Step
 
@@ -192,6 +192,30 @@ def test_rmsnorm_divides_by_the_root_of_the_mean_square():
     nn.init.constant_(norm.weight, 0.7)
     expected = [[0.7 * v / math.sqrt(sum(u * u for u in row) / 6 + 0.01) for v in row] for row in x.tolist()]
     assert_equal(norm(x).detach(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_rmsnorm_has_torchs_values_and_gradients():
+    x, weight = torch.randn(2, 5, 6).double().requires_grad_(), torch.randn(6).double().requires_grad_()
+    theirs = lambda x, weight: nn.functional.rms_norm(x, (6,), weight, 0.01)
+    assert_equal(rms_norm(x, weight, 0.01), theirs(x, weight))
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 0.01), (x, weight))
+    upstream = torch.randn(2, 5, 6).double()
+    for ours, other in zip(
+        torch.autograd.grad(rms_norm(x, weight, 0.01), (x, weight), upstream),
+        torch.autograd.grad(theirs(x, weight), (x, weight), upstream),
+        strict=True,
+    ):
+        assert_equal(ours, other)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_rmsnorm_of_bfloat16_is_computed_in_float32(autocast):
+    x, norm = torch.randn(40, 6).bfloat16(), RMSNorm(6, eps=0.01).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = norm(x)
+    assert y.dtype == (torch.float32 if autocast else torch.bfloat16)
+    expected = nn.functional.rms_norm(x.float(), (6,), norm.weight.float(), 0.01)
+    assert_equal(y.float(), expected, 1e-6 if autocast else 2**-8)  # half a place of bfloat16
 
 
 def test_rmsnorm_of_one_more_equals_the_norm_of_its_weight_plus_one():

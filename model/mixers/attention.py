@@ -166,9 +166,10 @@ class Attention(nn.Module):
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, H D), (B, T, K D) twice
         if spec.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.view(B, T, -1, spec.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
+        q, k, v = (y.view(B, T, -1, spec.head_dim) for y in (q, k, v))  # (B, T, H or K, D)
         if spec.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
         if (rope := spec.rope) is not None and not spec.rope_in_cache:
             cos, sin = step.once(rope, lambda: rope.table(step.pos))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # stored rotated: a slot's order does not matter
