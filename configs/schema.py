@@ -45,6 +45,12 @@ class OptimConfig(Section):
     adamw_lr: float | None = Field(
         None, gt=0, description="peak learning rate of AdamW; none: 5e-3 beside Muon, 1e-3 alone"
     )
+    base_width: int | None = Field(
+        None,
+        ge=1,
+        description="AdamW alone: the n_embd that adamw_lr is for, the layers' matrices get adamw_lr * base_width / "
+        "n_embd; none: all get adamw_lr",
+    )
     schedule: Schedule = Field(
         "trapezoid", description="after warm-up: cosine, trapezoid (flat, then linear decay), constant"
     )
@@ -59,6 +65,10 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.base_width is not None and self.optimizer == "muon":
+            raise ValueError(
+                f"base_width ({self.base_width}) is for AdamW alone, Muon's rate serves every width: leave it out"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas ({self.betas}) must each be at least 0 and below 1")
         return self
@@ -67,7 +77,8 @@ class OptimConfig(Section):
     def numbers(self) -> dict[str, Any]:
         """What `model.optim.make_optimizers` takes."""
         adamw_lr = self.adamw_lr or (5e-3 if self.optimizer == "muon" else 1e-3)
-        return self.model_dump(include={"optimizer", "muon_lr", "betas", "weight_decay"}) | {"adamw_lr": adamw_lr}
+        shared = self.model_dump(include={"optimizer", "muon_lr", "base_width", "betas", "weight_decay"})
+        return shared | {"adamw_lr": adamw_lr}
 
     @property
     def schedule_numbers(self) -> dict[str, Any]:

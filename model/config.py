@@ -132,6 +132,9 @@ class ModelConfig(Section):
     bias: bool = Field(False, description="biases in linear layers and layernorms")
     tie_embeddings: bool = Field(True, description="lm_head shares the weights of wte")
     scale_embeddings: bool = Field(False, description="embeddings times sqrt(n_embd)")
+    init_std: float | None = Field(
+        0.02, gt=0, description="of the layers' matrices at first; none: 1 / sqrt(their inputs), alike at every width"
+    )
     kernel: Kernel = Field(
         "auto", description="of attention without a cache: sdpa, tiles, flex, masked; auto: the fastest"
     )

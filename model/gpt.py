@@ -63,11 +63,12 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """GPT-2's: normal with 0.02, and what writes to the residual stream smaller with depth."""
+        """GPT-2's: normal with 0.02 (`init_std`), and what writes to the residual stream smaller with depth."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
+                std = (self.config.init_std or 1 / math.sqrt(p.shape[1])) if name.startswith("h.") else 0.02
                 residual = name.endswith("c_proj.weight")
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 

@@ -63,10 +63,12 @@ def make_optimizers(
     adamw_lr: float,
     betas: tuple[float, float],
     weight_decay: float,
+    base_width: int | None = None,
 ) -> Optimizers:
     """Muon (2502.16982) for the matrices inside the layers and AdamW (1711.05101) for the rest, or AdamW for all.
 
-    Matrices decay; embeddings beside Muon, norms and biases do not.
+    Matrices decay; embeddings beside Muon, norms and biases do not. With `base_width` AdamW's rate for the matrices
+    inside the layers is in inverse proportion to n_embd (2203.03466), `adamw_lr` where the two are equal.
     """
     inside = {p for module in model.h for p in module.parameters() if p.dim() == 2}  # type: ignore[union-attr]
     params = [p for p in model.parameters() if p.requires_grad]
@@ -79,8 +81,10 @@ def make_optimizers(
                 torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=0.0, fused=True),
             ]
         )
+    width_factor = base_width / model.config.n_embd if base_width else 1.0  # type: ignore[union-attr, operator]
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p not in inside and p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p in inside], "weight_decay": weight_decay, "lr": adamw_lr * width_factor},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     return Optimizers([torch.optim.AdamW(groups, lr=adamw_lr, betas=betas, fused=True)])

@@ -83,6 +83,15 @@ def test_loss_starts_near_the_log_of_the_vocabulary(pattern, tie):
     assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.05)
 
 
+def test_layers_can_start_alike_at_every_width():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=97, n_layer=8, n_embd=192, mlp_width=768, init_std=None))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 if name == "wte.weight" else p.shape[1] ** -0.5 / (4 if "c_proj" in name else 1)
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+
+
 def test_weights_start_small_and_smaller_where_they_add_up():
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=97, n_layer=8, n_embd=192, bias=True))

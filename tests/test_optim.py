@@ -1,12 +1,14 @@
-"""The learning rate over time."""
+"""The learning rate over time, and of each parameter."""
 
 import math
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from networks import tiny_config, tiny_model
 
-from model.optim import lr_factor
+from configs.schema import OptimConfig
+from model.optim import lr_factor, make_optimizers
 
 SCHEDULES = ("cosine", "trapezoid", "constant")
 
@@ -93,3 +95,35 @@ def test_it_rises_once_falls_once_and_stays_between_its_ends(
 def test_beyond_the_end_it_stays_at_the_final_fraction(schedule):
     beyond = lr_factor(1000, max_steps=100, warmup_steps=9, schedule=schedule, decay_fraction=0.4, final_lr=0.1)
     assert beyond == pytest.approx(0.1)
+
+
+def rates(**changes) -> dict[str, float]:
+    """Of every parameter, by name."""
+    numbers = {"optimizer": "adamw", "muon_lr": 0.02, "adamw_lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    model = tiny_model(tiny_config())  # n_embd 20
+    groups = [group for o in make_optimizers(model, **(numbers | changes)).all for group in o.param_groups]
+    of = {p: group["lr"] for group in groups for p in group["params"]}
+    return {name: of[p] for name, p in model.named_parameters()}
+
+
+def test_a_base_width_changes_the_rate_of_the_layers_matrices_alone():
+    plain, scaled = rates(), rates(base_width=5)
+    assert set(plain.values()) == {3e-3}
+    for name, rate in scaled.items():
+        in_a_layer = name.startswith("h.") and "norm" not in name
+        assert rate == pytest.approx(3e-3 * 5 / 20 if in_a_layer else 3e-3), name
+    assert {name for name, rate in scaled.items() if rate == 3e-3} >= {"wte.weight", "ln_f.weight"}
+
+
+def test_the_base_width_itself_changes_nothing():
+    assert rates(base_width=20) == rates()
+
+
+def test_muon_has_the_layers_matrices_and_adamw_the_rest():
+    for name, rate in rates(optimizer="muon").items():
+        assert rate == (0.02 if name.startswith("h.") and "norm" not in name else 3e-3), name
+
+
+def test_a_base_width_beside_muon_is_refused():
+    with pytest.raises(ValueError, match=r"base_width \(64\) is for AdamW alone, Muon's rate serves every width"):
+        OptimConfig(base_width=64)

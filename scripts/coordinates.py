@@ -1,0 +1,124 @@
+"""Does one learning rate serve every width?  python -m scripts.coordinates configs/shakespeare.toml
+
+A coordinate check (2203.03466): networks of several widths and one head width take a few steps at the config's full
+rates, and what their parts put out for the same tokens is compared with what they put out at first. Where the change
+grows with the width (an exponent above 0), a rate that suits a narrow network is too high for a wide one.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from configs.load import build, with_options
+from configs.program import exit_with_one_line
+from configs.schema import RunConfig
+from data.loader import TrainLoader
+from data.prepare import Prepared, prepare
+from model.config import ModelConfig
+from model.errors import UserError
+from model.gpt import GPT
+from model.optim import make_optimizers
+from scripts.bench.timing import exponent
+from scripts.report.figure import legend, new_figure, save_figure
+from scripts.report.tables import table
+
+PARTS = ("embedding", "mixers", "MLPs", "last norm", "logits")
+
+
+def of_width(config: RunConfig, width: int, vocab_size: int) -> RunConfig:
+    """The config with this n_embd, heads as wide as before, and as many of them as then fit. UserError if none do."""
+    model, head = config.model, config.model.head_width
+    n_head, rest = divmod(width, head)
+    kv_heads, rest_kv = divmod(n_head * model.kv_heads, model.n_head)
+    if rest or rest_kv or not kv_heads:
+        least = head * model.n_head // model.kv_heads
+        raise UserError(f"--widths ({width}) must be multiples of {least}: heads are {head} wide, and in equal groups")
+    mlp_width = model.mlp_width and model.mlp_width * width // model.n_embd
+    shape = {"n_embd": width, "n_head": n_head, "n_kv_head": kv_heads, "mlp_width": mlp_width, "vocab_size": vocab_size}
+    return config.model_copy(update={"model": build(ModelConfig, model.model_dump() | shape)})
+
+
+def changes(config: RunConfig, prepared: Prepared, steps: int) -> dict[str, float]:
+    """Root mean square by which each part's output moved in that many steps; of layers, their mean."""
+    torch.manual_seed(config.seed)
+    model, T = GPT(config.model), config.model.block_size
+    optimizers = make_optimizers(model, **config.optim.numbers)
+    loader = TrainLoader(prepared.split("train"), block_size=T, global_rows=config.global_rows, seed=config.seed)
+    same = range(min(2, config.global_rows))
+    probe = loader.rows(steps, same)[0]
+    before = outputs(model, probe)
+    for step in range(steps):
+        idx, targets = loader.rows(step, range(config.global_rows))
+        model(idx, targets).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        optimizers.step()
+    moved = {key: (y - before[key]).square().mean().sqrt().item() for key, y in outputs(model, probe).items()}
+    mean = lambda part: [x for key, x in moved.items() if key.split("/")[0] == part]
+    return {part: sum(mean(part)) / len(mean(part)) for part in PARTS}
+
+
+@torch.no_grad()
+def outputs(model: GPT, idx: Tensor) -> dict[str, Tensor]:
+    """What each part puts out, by part and layer."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        return lambda _, __, y: found.update({name: y.float()})
+
+    parts: dict[str, nn.Module] = {"embedding": model.wte, "last norm": model.ln_f, "logits": model.lm_head}
+    for i, block in enumerate(model.h):
+        parts |= {f"mixers/{i}": block.mixer, f"MLPs/{i}": block.mlp}  # type: ignore[dict-item]
+    hooks = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
+    try:
+        model.eval()(idx)
+    finally:
+        model.train()
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def draw(widths: list[int], found: list[dict[str, float]], path: Path) -> None:
+    """Change against width, a line for each part."""
+    figure, (axes,) = new_figure("n_embd", ["root mean square of the change"])
+    for part in PARTS:
+        axes.plot(widths, [row[part] for row in found], marker="o", markersize=4, label=part)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(widths, [str(width) for width in widths])
+    legend(figure, axes)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    options = {
+        "widths": Annotated[tuple[int, ...], tyro.conf.arg(help="n_embd of the networks (default: 64 128 256 512)")],
+        "steps": Annotated[int, tyro.conf.arg(help="optimizer steps before they are compared (default: 10)")],
+        "to": Annotated[Path, tyro.conf.arg(help="a picture: change against width")],
+    }
+    config, given = with_options(None, "python -m scripts.coordinates", __doc__ or "", options)
+    widths, steps = list(given.get("widths", (64, 128, 256, 512))), given.get("steps", 10)
+    if min(widths, default=0) < 1 or steps < 1:
+        raise UserError(f"--widths ({widths}) and --steps ({steps}) must be at least 1")
+    prepared = prepare(config.data.text, config.data.tokenizer, root=config.data.dir, progress=config.log.progress)
+    configs = [of_width(config, width, config.model.vocab_size or prepared.tokenizer.n_vocab) for width in widths]
+    found = [changes(c, prepared, steps) for c in tqdm(configs, unit="width", disable=None)]
+    rows = [
+        {"changes of": part}
+        | {str(width): f"{row[part]:.3g}" for width, row in zip(widths, found, strict=True)}
+        | {"exponent": f"{exponent(widths, [row[part] for row in found]):.2f}"}
+        for part in PARTS
+    ]
+    print(f"after {steps} steps, by n_embd\n\n{table(rows)}")
+    if path := given.get("to"):
+        draw(widths, found, path)
+        print(path)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
