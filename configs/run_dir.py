@@ -82,17 +82,19 @@ class RunDir:
         return checkpoint.read_json(file, advice=advice) if file.is_file() else None
 
     def check_same(self, config: RunConfig, data_hash: str) -> None:
-        """UserError that names the first key in which `config` is another experiment than the one begun here."""
-        old = self.facts()
-        for key, was, now in _differences(old["config"], config.model_dump(mode="json")):
+        """UserError that names the first key in which `config` is another experiment than the one begun here.
+
+        A key that was not known yet when the run was begun has its default.
+        """
+        for key, was, now in _differences(self.config().model_dump(mode="json"), config.model_dump(mode="json")):
             if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
                 raise UserError(
                     f"{self.path} was begun with {key} = {was!r}, now it is {now!r}: give another --name, "
                     f"or remove the directory to begin again"
                 )
-        if old["data"] != data_hash:
+        if (old_hash := self.facts()["data"]) != data_hash:
             raise UserError(
-                f"{self.path} was begun on other data (hash {old['data']}, now {data_hash}): "
+                f"{self.path} was begun on other data (hash {old_hash}, now {data_hash}): "
                 f"give another --name, or remove the directory to begin again"
             )
 

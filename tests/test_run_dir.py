@@ -214,6 +214,16 @@ def test_the_same_config_is_the_same(begun, config):
     begun.check_same(config, "da7a")
 
 
+def test_a_run_that_was_begun_before_a_key_was_known_goes_on(begun, config):
+    facts = json.loads((begun.path / "config.json").read_text())
+    del facts["config"]["model"]["init_std"]
+    (begun.path / "config.json").write_text(json.dumps(facts))
+    begun.check_same(config, "da7a")
+    other = config.model_copy(update={"model": config.model.model_copy(update={"init_std": None})})
+    with pytest.raises(UserError, match=r"was begun with model.init_std = 0.02, now it is None"):
+        begun.check_same(other, "da7a")
+
+
 def test_other_data_is_refused_with_both_hashes(begun, config):
     with pytest.raises(UserError) as error:
         begun.check_same(config, "0ther")
