@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from data.loader import TrainLoader, eval_batches, stream_hash
 from data.prepare import Prepared
 from model import cost
 from model.device import Runtime
-from model.evaluate import evaluate
+from model.evaluate import Evaluation, evaluate
 from model.guard import StepGuard
 from model.memory import PeakMemory, measure_peak, training_tensors
 from model.optim import Optimizers, lr_factor
@@ -162,20 +163,23 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Loss, perplexity and bits per byte over the fixed stream; a process's first time is measured for memory."""
+        with self._not_training():
+            if self.eval_peak is None:
+                with measure_peak(self.runtime.device, training_tensors(self.model, self.optimizers)) as self.eval_peak:
+                    self._evaluate(at_most=2)  # of batches that are all alike: to measure them takes time
+            result = self._evaluate()
+        return {f"val_{key}": getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte")}
+
+    def _evaluate(self, at_most: int | None = None) -> Evaluation:
+        """Over the whole stream, or over so many batches of each process."""
         batches = eval_batches(
             self.val,
             block_size=self.config.model.block_size,
             batch_size=self.config.micro_rows,
             max_tokens=self.config.train.eval_tokens,
         )
-        with self._not_training():
-            if self.eval_peak is None:
-                held = training_tensors(self.model, self.optimizers)
-                with measure_peak(self.runtime.device, held) as self.eval_peak:
-                    result = evaluate(self.model, batches, self.token_bytes, self.runtime, self.world)
-            else:
-                result = evaluate(self.model, batches, self.token_bytes, self.runtime, self.world)
-        return {f"val_{key}": getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte")}
+        first = islice(batches, at_most and at_most * self.world.size)
+        return evaluate(self.model, first, self.token_bytes, self.runtime, self.world)
 
     def compare(self, line: dict[str, Any]) -> str | None:
         """Note whether this line's evaluation is the best so far; what there is to say about it, once in a run."""

@@ -15,12 +15,14 @@ from model.parallel import is_sharded, local
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration
 ITERATIONS = 5
 LEAST_NORM = 1e-7
+TOGETHER = 1 << 22  # elements of matrices of one shape that are made orthogonal at a time: their copies stay small
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon, bit for bit, which besides can skip a step and serves matrices sharded by FSDP2.
+    """torch.optim.Muon, which besides can skip a step, takes matrices of one shape together, and serves FSDP2's shards.
 
-    Of those each process gathers one whole, makes it orthogonal, and hands the rows back: no work is done twice.
+    Of shards each process gathers one matrix whole, makes it orthogonal, and hands the rows back: no work is done
+    twice.
     """
 
     found_inf: Tensor | None = None  # set to 1 on the device: leave all as it is, as AdamW knows it of gradient scalers
@@ -36,12 +38,13 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike.setdefault(tuple(p.shape), []).append(p)
             for params in alike.values():
-                n = params[0].device_mesh.size() if is_sharded(params[0]) else 1  # type: ignore[attr-defined]
+                p = params[0]
+                n = p.device_mesh.size() if is_sharded(p) else max(1, TOGETHER // p.numel())  # type: ignore[attr-defined]
                 for start in range(0, len(params), n):
                     self._update(params[start : start + n], **{k: group[k] for k in self.defaults})
 
     def _update(self, params: list[Tensor], *, lr: float, weight_decay: float, momentum: float) -> None:
-        """Of matrices of one shape, at most one for each process."""
+        """Of matrices of one shape; sharded ones, at most one for each process."""
         momenta = []
         for p in params:
             state = self.state[p]
@@ -53,7 +56,7 @@ class Muon(torch.optim.Optimizer):
             momenta.append(grad.lerp(new, momentum).bfloat16())  # Nesterov's
             self._write(buffer, new)
         N, C = params[0].shape
-        updates = _orthogonal_rows(momenta, params[0]) if is_sharded(params[0]) else [orthogonal(momenta[0])]
+        updates = _orthogonal_rows(momenta, params[0]) if is_sharded(params[0]) else orthogonal(torch.stack(momenta))
         for p, update in zip(map(local, params), updates, strict=True):
             new = p * (1 - lr * weight_decay)
             self._write(p, new.add_(update, alpha=-lr * math.sqrt(max(1, N / C))))
@@ -63,14 +66,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """(N, C) in bfloat16 -> its singular values all near 1."""
+    """(n, N, C) in bfloat16 -> the singular values of each matrix all near 1."""
     a, b, c = COEFFICIENTS
-    wide = x if x.shape[0] <= x.shape[1] else x.T
-    wide = wide / wide.norm().clamp(min=LEAST_NORM)
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=LEAST_NORM)
     for _ in range(ITERATIONS):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide if x.shape[0] <= x.shape[1] else wide.T
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
 def _orthogonal_rows(rows: list[Tensor], p: Tensor) -> list[Tensor]:
@@ -85,5 +88,5 @@ def _orthogonal_rows(rows: list[Tensor], p: Tensor) -> list[Tensor]:
     whole = sent.new_empty(sum(of_each), C)
     dist.all_to_all_single(whole, sent, of_each, to_each, group)
     back = torch.empty_like(sent)
-    dist.all_to_all_single(back, orthogonal(whole).contiguous() if ours else whole, to_each, of_each, group)
+    dist.all_to_all_single(back, orthogonal(whole[None])[0].contiguous() if ours else whole, to_each, of_each, group)
     return list(back.view(len(rows), -1, C))
