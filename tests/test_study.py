@@ -152,10 +152,10 @@ def test_the_estimate_counts_training_and_evaluation(write_study):
 # Studies that ship.
 
 
-def test_six_studies_of_attention_ship_each_with_a_larger_sibling_and_two_of_training():
+def test_six_studies_of_attention_ship_each_with_a_larger_sibling_and_three_of_training():
     names = {file.stem for file in SHIPPED}
     studies = ("window", "ratio", "heads", "sinks", "recall", "extrapolation")
-    assert names == {name + kind for name in studies for kind in ("", "-gpu")} | {"rates", "recipe"}
+    assert names == {name + kind for name in studies for kind in ("", "-gpu")} | {"rates", "recipe", "widths"}
 
 
 def shipped(name: str) -> dict[str, ModelConfig]:
