@@ -46,8 +46,10 @@ class RunResult:
 
 def run(config: RunConfig) -> RunResult:
     """Train as the config says, or go on with the run that was begun. UserError for what cannot work."""
-    with parallel.together(config.device) as world, RunDir(config.path).alone() if world.is_first else nullcontext():
-        return run_in(world, config)
+    with parallel.together(config.device) as world, RunDir(config.path).alone(world):
+        result = run_in(world, config)
+        world.wait()  # nobody leaves before the first has written
+        return result
 
 
 def run_in(world: World, config: RunConfig) -> RunResult:
@@ -90,6 +92,8 @@ def run_in(world: World, config: RunConfig) -> RunResult:
         announce(config, prepared, runtime, replica, resumed_at=progress.step)
         run_dir.begin(config, environment(runtime) | {"data": prepared.digest, "matmul_flops_per_s": rate})
         run_dir.cut_metrics(progress.step)
+        if resumed:
+            run_dir.cut_checkpoints(resumed)
         prepared.tokenizer.save(run_dir.path / "tokenizer.json")
 
     trainer = Trainer(config, replica, optimizers, prepared, loader, runtime, progress, peak_flops=rate)
@@ -115,6 +119,7 @@ def run_in(world: World, config: RunConfig) -> RunResult:
                     with tqdm.external_write_mode(sys.stderr):
                         world.say(f"note: {note}", sys.stderr)
             bar.update()
+            background.check()
             if trainer.improved or due(train.checkpoint_every):
                 trainer.save(run_dir, background)
                 saved_at = progress.step

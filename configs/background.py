@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Background:
-    """What is started runs in order. Whatever it raised is raised by the next `wait`, `start` or `close`."""
+    """What is started runs in order. Whatever it raised is raised by the next call of any method."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="background")
@@ -15,6 +15,11 @@ class Background:
         """Begin as soon as the piece before it is done, which is waited for."""
         self.wait()
         self._last = self._thread.submit(job)
+
+    def check(self) -> None:
+        """Raise now what the last piece raised, if it is done; wait for nothing."""
+        if self._last is not None and self._last.done():
+            self.wait()
 
     def wait(self) -> None:
         """Until nothing is under way."""

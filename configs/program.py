@@ -60,7 +60,7 @@ def at_least(options: object, **least: int) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM fill instead of breaking into a step; a second Ctrl-C stops at once.
+    """A list that Ctrl-C and SIGTERM fill instead of breaking into a step; a second Ctrl-C does not wait for the step.
 
     A second SIGTERM does not: schedulers send it to every process of a job, and programs send it on to theirs.
     """

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 
 from configs.background import Background
@@ -99,23 +99,34 @@ class RunDir:
             )
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other process trains this run as long as the block lasts. UserError if one does."""
+    def alone(self, world: World = ALONE) -> Iterator[None]:
+        """Nobody but these processes trains this run as long as the block lasts. UserError, in all, if others do."""
+        lock, taken = FileLock(self.path / LOCK, timeout=0), False
         new = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        if world.is_first:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                taken = True
+        if world.largest(taken):
+            raise UserError(f"{self.path} is trained by another process now: wait, or give another --name")
         try:
-            lock = FileLock(self.path / LOCK, timeout=0).acquire()
-        except Timeout:
-            raise UserError(f"{self.path} is trained by another process now: wait, or give another --name") from None
-        try:
-            with lock:
-                yield
+            yield
         finally:
-            if not self.exists():  # it was not begun: leave nothing
+            if world.is_first:
+                self._leave(lock, new)
+
+    def _leave(self, lock: BaseFileLock, new: list[Path]) -> None:
+        """Release the lock; and of a run that was not begun, leave nothing."""
+        begun = self.exists()
+        with suppress(OSError):  # Windows keeps what is open
+            if not begun:
                 (self.path / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):
-                    for path in new:
-                        path.rmdir()
+        lock.release()
+        with suppress(OSError):
+            for path in [] if begun else new:
+                path.rmdir()
 
     def begin(self, config: RunConfig, facts: dict[str, Any]) -> None:
         """Write config.json; from here on the directory is a run."""
@@ -138,9 +149,10 @@ class RunDir:
         world: World = ALONE,
         background: Background | None = None,
     ) -> None:
-        """A checkpoint that `latest`, and if it is the best so far `best`, points to; all but `keep` and it go.
+        """A checkpoint that `latest`, and if it is the best so far `best`, points to; of others the newest stay.
 
-        Called by all. What is whole is copied and written in the background, if there is one; shards are at once.
+        `keep` are kept, beside the best. Called by all. What is whole is copied and written in the background, if there
+        is one; shards are written at once. UserError, before anything is written, where there is no room.
         """
         if kind == "sharded":
             background = None
@@ -154,12 +166,13 @@ class RunDir:
                 self._point_and_prune(saved, best=best, keep=keep)
 
         if kind == "sharded" or world.is_first:
+            checkpoint.check_room(self.checkpoints, content.nbytes)
             write() if background is None else background.start(write)
 
     def _point_and_prune(self, saved: Path, *, best: bool, keep: int) -> None:
-        checkpoint.point(self.checkpoints, "latest", saved)
-        if best:
+        if best:  # first: whoever goes on from the latest takes for granted that the best is there
             checkpoint.point(self.checkpoints, "best", saved)
+        checkpoint.point(self.checkpoints, "latest", saved)
         steps = checkpoint.list_steps(self.checkpoints)
         kept = {checkpoint.pointed(self.checkpoints, "best"), *steps[-keep:]}
         for path in steps:
@@ -179,7 +192,15 @@ class RunDir:
                     older = checkpoint.read(path)
                     say(f"note: {error}; {path}, which is whole, is taken instead")
                     return older
-            raise
+            advice = f"no other checkpoint is whole: remove {self.path} to begin again, or give another --name"
+            raise UserError(f"{error}; {advice}") from None
+
+    def cut_checkpoints(self, taken: Checkpoint) -> None:
+        """Go back to the checkpoint taken: those after it, damaged or not, would be counted among the newest."""
+        checkpoint.point(self.checkpoints, "latest", taken.path)
+        steps = checkpoint.list_steps(self.checkpoints)
+        for path in steps[steps.index(taken.path) + 1 :]:
+            checkpoint.remove(path)
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, verified; None before the first. UserError if it was there and is gone."""

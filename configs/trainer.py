@@ -37,7 +37,7 @@ class Progress:
     """How far a run has come: saved with every checkpoint."""
 
     step: int = 0
-    elapsed_s: float = 0.0  # of training, evaluating and saving
+    elapsed_s: float = 0.0  # of training, evaluating and waiting for checkpoints
     best_val_loss: float | None = None
     best_train_loss: float | None = None  # of the steps before that evaluation
     evaluations_since_best: int = 0

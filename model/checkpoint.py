@@ -67,14 +67,12 @@ def write(root: Path, content: Content, *, step: int, state: dict) -> Path:
     """Make root/step_XXXXXXXX and return its path. It appears by rename; a crash leaves only a *.tmp directory.
 
     Shards are written by all processes, which share the file system; what is whole by the first, whenever it likes.
-    UserError, before anything is written, where there is no room for it.
     """
     final = root / f"step_{step:08d}"
     partial = root / f"{final.name}.tmp"
     world = content.world if content.kind == "sharded" else ALONE
     if world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
-        _check_room(root, content.nbytes)
         partial.mkdir(parents=True)
     world.wait()
     try:
@@ -208,7 +206,8 @@ def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Te
     }
 
 
-def _check_room(root: Path, n_bytes: int) -> None:
+def check_room(root: Path, n_bytes: int) -> None:
+    """UserError where a checkpoint of so many bytes does not fit."""
     free = shutil.disk_usage(root if root.exists() else root.parent).free
     if free < n_bytes:
         raise UserError(

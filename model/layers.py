@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 NormName = Literal["rmsnorm", "rmsnorm+1", "layernorm"]
 MLPName = Literal["swiglu", "geglu", "gelu", "gelu-tanh", "relu2"]
@@ -26,6 +27,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """A layer norm's of a mean of 0, without what that gradient has for the mean."""
         x, weight, scale = ctx.saved_tensors

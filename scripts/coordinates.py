@@ -1,8 +1,9 @@
 """Does one learning rate serve every width?  python -m scripts.coordinates configs/shakespeare.toml
 
 A coordinate check (2203.03466): networks of several widths and one head width take a few steps at the config's full
-rates, and what their parts put out for the same tokens is compared with what they put out at first. Where the change
-grows with the width (an exponent above 0), a rate that suits a narrow network is too high for a wide one.
+rates, in float32 on the CPU, and what their parts put out for the same tokens is compared with what they put out at
+first. Where the change grows with the width (an exponent above 0), a rate that suits a narrow network may be too high
+for a wide one.
 """
 
 from collections.abc import Callable
@@ -105,6 +106,8 @@ def main() -> None:
     widths, steps = list(given.get("widths", (64, 128, 256, 512))), given.get("steps", 10)
     if min(widths, default=0) < 1 or steps < 1:
         raise UserError(f"--widths ({widths}) and --steps ({steps}) must be at least 1")
+    if len(set(widths)) < 2:
+        raise UserError(f"--widths ({widths}) must be several: one alone shows no change with the width")
     prepared = prepare(config.data.text, config.data.tokenizer, root=config.data.dir, progress=config.log.progress)
     configs = [of_width(config, width, config.model.vocab_size or prepared.tokenizer.n_vocab) for width in widths]
     found = [changes(c, prepared, steps) for c in tqdm(configs, unit="width", disable=None)]

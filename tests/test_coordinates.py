@@ -66,6 +66,12 @@ def test_the_program_prints_a_table_and_draws(tmp_path, text, program):
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_one_width_is_refused(tmp_path, text, program):
+    program(coordinates.main, *command_line(tmp_path, text), "--widths", 24).assert_refused(
+        "--widths ([24]) must be several"
+    )
+
+
 @pytest.mark.parametrize("wrong", [("--widths", 0), ("--steps", 0)])
 def test_numbers_out_of_range_are_refused(tmp_path, text, program, wrong):
     ended = program(coordinates.main, *command_line(tmp_path, text), *wrong)

@@ -1,10 +1,12 @@
 """A run that was stopped, killed or cut short, and repeated, equals one that never was: bit for bit."""
 
+import errno
 import os
 import random
 import signal
 import subprocess
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import PATIENCE_S, Ended, command_line, run_config, run_program, s
 
 import train
 from configs import trainer
+from configs.background import Background
 from configs.run_dir import Metrics, RunDir
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer
@@ -110,6 +113,7 @@ PLACES = {
     "after a line": (Metrics, "write", True),
     "as a checkpoint is saved": (RunDir, "save", False),
     "before the checkpoint is pointed to": (checkpoint, "point", False),
+    "after it is pointed to": (checkpoint, "point", True),
     "as an old one is removed": (checkpoint, "remove", False),
     "after a checkpoint": (RunDir, "save", True),
 }
@@ -318,6 +322,16 @@ def test_where_all_checkpoints_are_damaged_it_is_one_line_and_nothing_changes(
     ended = program(train.main, *command_line(tmp_path, text, **DROPOUT), name="train.py")
     ended.assert_refused("train.py: ", str(steps[-1] / name if "safetensors" in name else steps[-1]))
     assert times() == before
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(tmp_path, text, monkeypatch):
+    begin, full = Background.start, OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoint, "write", lambda *args, **kwargs: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(Background, "start", lambda self, job: (begin(self, job), wait([self._last])))
+    with pytest.raises(OSError, match="No space left on device"):
+        train.run(run_config(tmp_path, text, **DROPOUT | {"train": {"log_every": 1}}))
+    assert RunDir(tmp_path / "run").metrics()[-1]["step"] == 5  # of 12; the first checkpoint is at 4
 
 
 def test_a_run_that_is_trained_by_another_process_is_refused(tmp_path, text, program, stopped):

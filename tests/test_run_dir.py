@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import threading
 import warnings
+from concurrent.futures import wait
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from model import checkpoint
 from model.device import resolve
 from model.errors import UserError
 from model.optim import Optimizers
+from model.parallel import World
 
 
 def tiny_training() -> tuple[torch.nn.Module, Optimizers]:
@@ -300,8 +303,13 @@ def test_a_pointer_that_is_damaged_costs_nothing(begun):
 def test_where_all_checkpoints_are_damaged_the_newest_is_named(begun):
     save_steps(begun, {10: True, 20: False})
     damage(begun, 10)
-    with pytest.raises(UserError, match=re.escape(f"{damage(begun, 20)} is missing or damaged")):
+    file = damage(begun, 20)
+    with pytest.raises(UserError) as error:
         begun.to_go_on_from(lambda text: None)
+    assert str(error.value) == (
+        f"{file} is missing or damaged: its bytes are not those that were written; no other checkpoint is whole: "
+        f"remove {begun.path} to begin again, or give another --name"
+    )
 
 
 def test_whole_checkpoints_are_quietly_taken(begun):
@@ -312,12 +320,33 @@ def test_whole_checkpoints_are_quietly_taken(begun):
     assert said == []
 
 
+def test_what_came_after_the_checkpoint_taken_goes(begun):
+    save_steps(begun, {5: True, 10: False, 15: False}, keep=3)
+    damage(begun, 15)
+    begun.cut_checkpoints(begun.to_go_on_from(lambda text: None))
+    assert kept(begun) == [5, 10]
+    save_steps(begun, {12: False})
+    assert kept(begun) == [5, 10, 12]
+
+
+def test_where_there_is_no_room_nothing_is_written_and_it_is_said(begun, monkeypatch):
+    n_bytes = checkpoint.content(*tiny_training()).nbytes
+    usage = lambda free: lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+    monkeypatch.setattr(shutil, "disk_usage", usage(n_bytes - 1))
+    with pytest.raises(UserError, match=r"No space left on device: .* MB free and a checkpoint takes 0\.\d: make room"):
+        save_steps(begun, {10: True})
+    assert list(begun.checkpoints.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", usage(n_bytes))
+    save_steps(begun, {10: True})
+    assert kept(begun) == [10]
+
+
 # In the background.
 
 
 def test_what_is_trained_while_a_checkpoint_is_written_does_not_change_it(begun, monkeypatch):
     write, go_on = checkpoint.write, threading.Event()
-    monkeypatch.setattr(checkpoint, "write", lambda *args, **kwargs: go_on.wait() and write(*args, **kwargs))
+    monkeypatch.setattr(checkpoint, "write", lambda *args, **kwargs: go_on.wait(60) and write(*args, **kwargs))
     (model, optimizers), background = tiny_training(), Background()
     before = model.weight.detach().clone()
     begun.save(model, optimizers, {"step": 10}, best=True, background=background)
@@ -343,6 +372,21 @@ def test_a_failure_in_the_background_is_raised_by_the_next_save(begun, monkeypat
     assert kept(begun) == [30]
 
 
+def test_a_failure_in_the_background_is_raised_by_a_look_at_it():
+    background = Background()
+    background.check()
+    background.start(lambda: None)
+    background.close()
+    background.check()
+    background, go_on = Background(), threading.Event()
+    background.start(lambda: go_on.wait(60) and 1 / 0)
+    background.check()  # it is still under way
+    go_on.set()
+    wait([background._last])
+    with pytest.raises(ZeroDivisionError):
+        background.check()
+
+
 # Alone.
 
 
@@ -353,6 +397,23 @@ def test_a_run_is_trained_by_one_process_at_a_time(begun):
             pass
         assert str(error.value) == said
     with RunDir(begun.path).alone():
+        pass
+
+
+class Second(World):
+    """The second of two processes, the first of which found the run locked or not."""
+
+    def largest(self, value: int = 0) -> int:
+        return max(value, self.locked)
+
+
+def test_all_processes_learn_that_the_run_is_locked(begun):
+    second = Second(rank=1, size=2)
+    object.__setattr__(second, "locked", 1)
+    with pytest.raises(UserError, match="is trained by another process now"), begun.alone(second):
+        pass
+    object.__setattr__(second, "locked", 0)
+    with begun.alone(), begun.alone(second):  # the first holds the lock for both
         pass
 
 

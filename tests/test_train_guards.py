@@ -4,14 +4,12 @@ import math
 
 import pytest
 from conftest import command_line
-from training import content, losses
+from training import content, evaluations_find, losses
 
 import train
-from configs import trainer
 from configs.run_dir import RunDir
 from data.loader import TrainLoader
 from data.prepare import prepare
-from model.evaluate import Evaluation
 from model.gpt import GPT
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -103,12 +101,7 @@ def test_a_spike_is_skipped_unless_it_is_not_asked_for(trained, losing):
 def evaluated(monkeypatch):
     """Evaluations find these losses."""
 
-    def give(*values: float) -> None:
-        found = iter(values)
-        result = lambda *_: Evaluation(loss=next(found), perplexity=1.0, bits_per_byte=1.0, n_tokens=1)
-        monkeypatch.setattr(trainer, "evaluate", result)
-
-    return give
+    return lambda *losses: evaluations_find(monkeypatch, *losses)
 
 
 def test_patience_ends_a_run_and_the_best_checkpoint_is_kept(trained, evaluated, capsys):

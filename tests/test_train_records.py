@@ -5,12 +5,11 @@ import math
 from itertools import pairwise
 
 import pytest
-from training import losses
+from training import evaluations_find, losses
 
 from configs import trainer
 from data.prepare import prepare
 from model import cost
-from model.evaluate import Evaluation
 from model.memory import measure_peak
 from model.optim import Optimizers, lr_factor
 
@@ -133,9 +132,7 @@ def test_every_file_is_json_that_any_program_reads(trained):
 
 
 def test_the_best_checkpoint_is_of_the_lowest_validation_loss(trained, monkeypatch):
-    found = iter([3.0, 1.0, 2.0, 1.5])
-    result = lambda *_: Evaluation(loss=next(found), perplexity=1.0, bits_per_byte=1.0, n_tokens=1)
-    monkeypatch.setattr(trainer, "evaluate", result)
+    evaluations_find(monkeypatch, 3.0, 1.0, 2.0, 1.5)
     run = trained(train={"eval_every": 3})
     assert [run.checkpoint(which).step for which in ("best", "latest")] == [6, 12]
     assert (run.summary()["best_val_loss"], run.summary()["val_loss"]) == (1.0, 1.5)

@@ -8,6 +8,8 @@ from conftest import run_config
 import train
 from configs.run_dir import RunDir
 from configs.schema import RunConfig
+from configs.trainer import Trainer
+from model.evaluate import Evaluation
 
 
 def losses(run: RunDir) -> list[float]:
@@ -39,3 +41,15 @@ def begun(config) -> RunDir:
     run = RunDir(config.path)
     run.begin(config, {"data": "da7a", "commit": "c0ffee"})
     return run
+
+
+def evaluations_find(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Evaluations of the whole stream find these; those that only measure memory find nothing."""
+    found = iter(losses)
+
+    def evaluate(_: Trainer, at_most: int | None = None) -> Evaluation | None:
+        if at_most is not None:
+            return None
+        return Evaluation(loss=next(found), perplexity=1.0, bits_per_byte=1.0, n_tokens=1)
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
