@@ -1,4 +1,4 @@
-"""Does one learning rate serve every width?  python -m scripts.coordinates configs/shakespeare.toml
+"""Does one learning rate serve every width?  python -m scripts.coordinates configs/demo.toml
 
 A coordinate check (2203.03466): networks of several widths and one head width take a few steps at the config's full
 rates, in float32 on the CPU, and what their parts put out for the same tokens is compared with what they put out at
