@@ -330,8 +330,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(tmp_p
     monkeypatch.setattr(checkpoint, "write", lambda *args, **kwargs: (_ for _ in ()).throw(full))
     monkeypatch.setattr(Background, "start", lambda self, job: (begin(self, job), wait([self._last])))
     with pytest.raises(OSError, match="No space left on device"):
-        train.run(run_config(tmp_path, text, **DROPOUT | {"train": {"log_every": 1}}))
-    assert RunDir(tmp_path / "run").metrics()[-1]["step"] == 5  # of 12; the first checkpoint is at 4
+        train.run(run_config(tmp_path, text, train={"checkpoint_every": 4, "eval_every": 12}))
+    assert RunDir(tmp_path / "run").metrics()[-1]["step"] == 5  # of 12; checkpoints are at 4 and 8
 
 
 def test_a_run_that_is_trained_by_another_process_is_refused(tmp_path, text, program, stopped):
