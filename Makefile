@@ -14,7 +14,7 @@ test-all: .venv/ready
 
 # The long forms: processes killed at any moment, damaged and full disks.
 faults: .venv/ready
-	$(PY) -m pytest -m "not gpu" tests/test_faults.py tests/test_parallel.py tests/test_resume.py tests/test_full_disk.py \
+	$(PY) -m pytest -m "not gpu" tests/test_faults.py tests/test_parallel.py tests/test_resume.py tests/test_killed.py tests/test_full_disk.py \
 	  tests/test_ablate_stops.py
 
 lint: .venv/ready

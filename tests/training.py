@@ -53,3 +53,41 @@ def evaluations_find(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
         return Evaluation(loss=next(found), perplexity=1.0, bits_per_byte=1.0, n_tokens=1)
 
     monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+
+
+SAME = (
+    "step",
+    "tokens",
+    "train_loss",
+    "lr",
+    "grad_norm",
+    "skipped_steps",
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_byte",
+    "kernel",
+)
+SUMMARY = (*SAME, "variant", "layers", "n_params", "best_val_loss", "kv_cache_bytes", "kv_cache_dtype", "stream_hash")
+
+
+def outcome(path: Path) -> dict[str, object]:
+    """All of a finished run that does not depend on time or place."""
+    run = RunDir(path)
+    summary = run.summary()
+    assert summary is not None, "it is not finished"
+    return {
+        "metrics": [{key: line[key] for key in SAME if key in line} for line in run.metrics()],
+        "summary": {key: summary[key] for key in SUMMARY if key != "variant"},
+        "steps": {which: run.checkpoint(which).step for which in ("best", "latest")},
+        "files": {
+            f"{which}/{name}": (run.checkpoint(which).path / name).read_bytes()
+            for which in ("best", "latest")
+            for name in ("model.safetensors", "optimizer.safetensors")
+        },
+    }
+
+
+def assert_same(one: Path, other: Path) -> None:
+    one, other = outcome(one), outcome(other)
+    assert one["metrics"] == other["metrics"]
+    assert one == other
