@@ -76,7 +76,7 @@ def assert_went_on(run: RunDir, whole: RunDir) -> None:
 
 def test_torchrun_goes_on_from_the_last_checkpoint_when_a_process_was_killed(tmp_path, text, whole):
     run = RunDir(tmp_path / "run")
-    with torchrun(tmp_path, text, "--max-restarts", 3) as process:  # docs/scaling.md: a restart itself may fail
+    with torchrun(tmp_path, text, "--max-restarts", 1) as process:
         wait_for_step(process, run, 20)
         one, other = workers(process)
         one.kill()
