@@ -6,15 +6,17 @@ One process by itself is `World()`, which connects to nothing.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, TextIO
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # now: imported in a group, its functions hold that for good
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from model.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from model.gpt import GPT
 
 Parallel = Literal["auto", "ddp", "fsdp"]
@@ -37,6 +41,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: str = "auto"  # of this process
+    _meshes: list[DeviceMesh] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -79,6 +84,23 @@ class World:
             idx, targets = together[min(self.rank, len(together) - 1)]
             yield idx, targets if self.rank < len(together) else torch.full_like(targets, ignored)
 
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All processes in a row, as what is sharded knows them."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self._meshes.append(init_device_mesh(device.type, (self.size,)))
+        return self._meshes[-1]
+
+    def leave(self) -> None:
+        """End the connection with its threads: one that frees a tensor while Python ends would abort the process.
+
+        They end with the last that holds the group: meshes, which the caches of DTensor keep, and DDP, in a circle.
+        """
+        dist.destroy_process_group()
+        for mesh in self._meshes:
+            mesh._pg_registry.clear()
+        gc.collect()
+
     def _reduce(self, x: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size > 1:
             dist.all_reduce(x, op=how)
@@ -108,10 +130,11 @@ def together(device: str) -> Iterator[World]:
         store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    world = World(rank=rank, size=size, device=device)
     try:
-        yield World(rank=rank, size=size, device=device)
+        yield world
     finally:
-        dist.destroy_process_group()
+        world.leave()
 
 
 def _own_device(asked: str) -> str:
@@ -139,7 +162,7 @@ class Replica:
         if self.method == "ddp":
             self._whole = DistributedDataParallel(model, gradient_as_bucket_view=True)
         elif self.method == "fsdp":
-            _shard(model, device)
+            _shard(model, world.mesh(device))
 
     @property
     def warm_up_steps(self) -> int:
@@ -205,12 +228,10 @@ def _choose(model: nn.Module, device: torch.device) -> Literal["ddp", "fsdp"]:
     return "ddp" if needed < COPY_UP_TO * torch.cuda.get_device_properties(device).total_memory else "fsdp"
 
 
-def _shard(model: GPT, device: torch.device) -> None:
+def _shard(model: GPT, mesh: DeviceMesh) -> None:
     """Each layer by itself, so that one at a time is whole; embeddings, head and last norm together."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.h:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -122,6 +122,12 @@ def test_gradients_are_exchanged_once_a_step_however_many_micro_batches_it_has(f
         assert once == with_four > 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are seen on Linux alone")
+def test_no_thread_that_frees_tensors_is_left_when_python_ends(found):
+    assert found["gloo_threads_in_it"] > 0
+    assert found["gloo_threads_after_it"] == 0
+
+
 @pytest.mark.parametrize("name", [name for name in TOGETHER if "-to-" in name])
 def test_another_number_of_processes_goes_on_with_a_run(out, text, found, name):
     changes = TOGETHER[name] | {"train": TOGETHER[name]["train"] | {"max_steps": STEPS}}

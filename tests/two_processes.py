@@ -61,6 +61,11 @@ def exchanges(world: World, method: str) -> list[int]:
     return counts
 
 
+def gloo_threads() -> int:
+    """Threads of this process that free tensors."""
+    return sum("gloo" in comm.read_text() for comm in Path("/proc/self/task").glob("*/comm"))
+
+
 def main() -> None:
     jobs = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -74,8 +79,10 @@ def main() -> None:
             "exchanges": {method: exchanges(world, method) for method in ("ddp", "fsdp")},
             "backend": dist.get_backend(),
         }
-        if world.is_first:
-            jobs.with_suffix(".found.json").write_text(json.dumps(found))
+        found["gloo_threads_in_it"] = gloo_threads()
+    found["gloo_threads_after_it"] = gloo_threads()
+    if parallel.rank() == 0:
+        jobs.with_suffix(".found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
