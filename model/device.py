@@ -1,8 +1,10 @@
 """Which device, dtype and compilation a run uses, and how fast the device multiplies."""
 
 import contextlib
+import ctypes
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs about 10 s and saves 2 to 12 %: below this it does not pay
 
 
@@ -49,8 +52,8 @@ class Runtime:
 def resolve(device: str = "auto", dtype: DType = "auto", compile: Switch = "auto", *, flops: float = 0) -> Runtime:
     """Choose by capability; `flops` is the size of the job. UserError for a device that is not there."""
     kind, why_device = _device(device)
-    if kind.type == "cpu":  # large tensors come and go: huge pages spare a page fault every 4 KiB of them
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if kind.type == "cpu":
+        _keep_memory()
     chosen_dtype, why_dtype = _dtype(kind, dtype)
     chosen_compile, why_compile = _compile(kind, compile, flops)
     if chosen_compile:
@@ -114,6 +117,17 @@ def no_compiling(device: torch.device) -> str | None:
     if device.type == "mps":
         return "eager is the safe choice on mps"
     return None if any(map(shutil.which, COMPILERS)) else "no C++ compiler here"
+
+
+def _keep_memory() -> None:
+    """Large tensors come and go at each step: their memory stays with the process, so that its pages come once.
+
+    glibc would give it back, and take pages that it clears one by one. Before the first tensor, huge pages too.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def keep_compiled_code() -> None:

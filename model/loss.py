@@ -10,11 +10,11 @@ Dimensions: N tokens, C n_embd, V vocab_size.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 27  # logits that exist at a time: with fewer, adding up the head's gradient costs time
 CACHED_ELEMENTS = 1 << 20  # of them, those that a CPU works on at a time between two matrix products
+CACHED_WORDS = 1 << 12  # of the vocabulary, those whose part of the head a CPU multiplies at a time
 IGNORED = -100
 
 
@@ -78,21 +78,30 @@ def _chunks(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss of each of N tokens and, given what each one weighs, the gradients of x and of the head."""
     head = weight.to(dtype)  # (V, C)
-    losses = torch.empty(len(targets), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
-    dx = None if weights is None else torch.empty_like(x)
-    dweight = None
-    size = max(1, CHUNK_ELEMENTS // len(head))
+    wide = torch.promote_types(dtype, torch.float32)
+    losses = torch.empty(len(targets), dtype=wide, device=x.device)
+    dx = None if weights is None else torch.zeros_like(x, dtype=wide)
+    dweight = None if weights is None else torch.empty_like(weight)
+    n_chunks = max(1, -(-len(targets) * len(head) // CHUNK_ELEMENTS))
+    size = max(1, -(-len(targets) // n_chunks))  # all alike: a small last one costs the sum of head gradients too
+    words = CACHED_WORDS if x.device.type == "cpu" else len(head)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             h = x[part].to(dtype)  # (n, C)
-            logits = F.linear(h, head)  # (n, V), of which the gradient takes the place
+            logits = h.new_empty(len(h), len(head))  # (n, V), of which the gradient takes the place
+            for of_words, of_head in zip(logits.split(words, dim=1), head.split(words), strict=True):
+                torch.mm(h, of_head.T, out=of_words)
             scale = None if weights is None else weights[part]
             losses[part] = _loss_and_slope(logits, targets[part], scale, softcap, z_loss)
-            if dx is not None:
-                dx[part] = logits @ head
-                of_part = logits.T @ h  # (V, C)
-                dweight = of_part.to(weight.dtype) if dweight is None else dweight.add_(of_part)
+            if dx is None or dweight is None:
+                continue
+            parts = zip(logits.split(words, dim=1), head.split(words), dweight.split(words), strict=True)
+            for of_words, of_head, of_dweight in parts:
+                dx[part] += of_words @ of_head
+                product = of_words.T @ h
+                of_dweight.add_(product) if start else of_dweight.copy_(product)
+    dx = dx if dx is None else dx.to(x.dtype)
     return losses, dx, dweight
 
 

@@ -80,11 +80,22 @@ def test_loss_is_float32(problem, dtype):
 def test_loss_does_not_hold_all_logits(problem, monkeypatch):
     x, weight, targets = problem
     monkeypatch.setattr(model.loss, "CHUNK_ELEMENTS", 4 * V)
-    sizes, linear = [], F.linear
-    monkeypatch.setattr(F, "linear", lambda *args: sizes.append((y := linear(*args)).numel()) or y)
+    sizes, of_rows = [], model.loss._loss_and_slope
+    monkeypatch.setattr(model.loss, "_loss_and_slope", lambda x, *args: sizes.append(x.numel()) or of_rows(x, *args))
     cross_entropy(x, weight, targets).backward()
     assert len(sizes) > 1
-    assert max(sizes) == 4 * V
+    assert sum(sizes) == targets.numel() * V
+    assert max(sizes) <= 4 * V
+
+
+@pytest.mark.parametrize("words", [1, 5, V - 1, V])
+def test_parts_of_the_vocabulary_do_not_change_the_gradients(problem, words, monkeypatch):
+    x, weight, targets = problem
+    whole = torch.autograd.grad(cross_entropy(x, weight, targets), (x, weight))
+    monkeypatch.setattr(model.loss, "CACHED_WORDS", words)
+    monkeypatch.setattr(model.loss, "CHUNK_ELEMENTS", 4 * V)
+    for got, expected in zip(torch.autograd.grad(cross_entropy(x, weight, targets), (x, weight)), whole, strict=True):
+        assert_equal(got, expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
