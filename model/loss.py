@@ -81,7 +81,7 @@ def _chunks(
     wide = torch.promote_types(dtype, torch.float32)
     losses = torch.empty(len(targets), dtype=wide, device=x.device)
     dx = None if weights is None else torch.zeros_like(x, dtype=wide)
-    dweight = None if weights is None else torch.empty_like(weight)
+    dweight = None if weights is None else torch.zeros_like(weight)
     n_chunks = max(1, -(-len(targets) * len(head) // CHUNK_ELEMENTS))
     size = max(1, -(-len(targets) // n_chunks))  # all alike: a small last one costs the sum of head gradients too
     words = CACHED_WORDS if x.device.type == "cpu" else len(head)
@@ -99,8 +99,7 @@ def _chunks(
             parts = zip(logits.split(words, dim=1), head.split(words), dweight.split(words), strict=True)
             for of_words, of_head, of_dweight in parts:
                 dx[part] += of_words @ of_head
-                product = of_words.T @ h
-                of_dweight.add_(product) if start else of_dweight.copy_(product)
+                of_dweight += of_words.T @ h
     dx = dx if dx is None else dx.to(x.dtype)
     return losses, dx, dweight
 
