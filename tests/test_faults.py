@@ -52,7 +52,7 @@ def wait_for_step(process: subprocess.Popen[str], run: RunDir, step: int) -> Non
     """Until the metrics say it."""
     metrics, end = run.path / "metrics.jsonl", time.monotonic() + PATIENCE_S
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end
         time.sleep(0.002)
 

@@ -35,7 +35,7 @@ def started(out: Path, text: Path, lines: int, **values) -> subprocess.Popen[str
     """The process as soon as its metrics have so many lines."""
     process, end = start_program("train.py", *command_line(out, text, **values)), time.monotonic() + PATIENCE_S
     while n_lines(out) < lines:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end
         time.sleep(0.001)
     return process

@@ -196,7 +196,7 @@ def test_a_stopped_demo_stops_what_it_runs_and_waits_until_that_has_saved(tmp_pa
     while not (tmp_path / "ready").exists() and started.poll() is None:
         time.sleep(0.01)
     started.terminate()
-    assert (started.wait(PATIENCE_S), saved.exists()) == (143, True), started.communicate()
+    assert (started.wait(PATIENCE_S), saved.exists()) == (143, True), started.communicate()[1]
 
 
 def test_the_real_variants_can_be_built():
