@@ -81,7 +81,7 @@ def _chunks(
     wide = torch.promote_types(dtype, torch.float32)
     losses = torch.empty(len(targets), dtype=wide, device=x.device)
     dx = None if weights is None else torch.zeros_like(x, dtype=wide)
-    dweight = None if weights is None else torch.zeros_like(weight)
+    dweight = None
     n_chunks = max(1, -(-len(targets) * len(head) // CHUNK_ELEMENTS))
     size = max(1, -(-len(targets) // n_chunks))  # all alike: a small last one costs the sum of head gradients too
     words = CACHED_WORDS if x.device.type == "cpu" else len(head)
@@ -94,8 +94,9 @@ def _chunks(
                 torch.mm(h, of_head.T, out=of_words)
             scale = None if weights is None else weights[part]
             losses[part] = _loss_and_slope(logits, targets[part], scale, softcap, z_loss)
-            if dx is None or dweight is None:
+            if dx is None:
                 continue
+            dweight = torch.zeros_like(weight) if dweight is None else dweight  # now: the room of the rows is free
             parts = zip(logits.split(words, dim=1), head.split(words), dweight.split(words), strict=True)
             for of_words, of_head, of_dweight in parts:
                 dx[part] += of_words @ of_head
