@@ -26,7 +26,7 @@ class PeakMemory:
     method: str
     bytes: int | None = None  # live tensors at their peak
     reserved_bytes: int | None = None  # what the device's allocator held for them
-    process_bytes: int | None = None  # the process's high-water mark over the block
+    process_bytes: int | None = None  # the process's high-water mark, with freed memory that it keeps
 
 
 @contextmanager
