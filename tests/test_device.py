@@ -2,12 +2,14 @@
 
 import importlib
 import os
+import platform
 import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run_program
 from networks import tiny_config, tiny_model
 
 from model import device
@@ -183,3 +185,21 @@ def test_importing_probes_nothing(monkeypatch):
     fresh = importlib.util.module_from_spec(device.__spec__)
     monkeypatch.setitem(sys.modules, "fresh_device", fresh)
     device.__spec__.loader.exec_module(fresh)
+
+
+FAULTS = """
+import resource, torch
+from model.device import resolve
+resolve("cpu")
+torch.ones(1 << 24)  # 64 MiB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other settings")
+def test_memory_that_was_freed_is_used_again_on_a_cpu_without_new_pages():
+    ended = run_program("-c", FAULTS)
+    assert ended.code == 0, ended.err
+    assert int(ended.out) < 16  # of huge pages there would be 32
