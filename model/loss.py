@@ -86,7 +86,7 @@ def _chunks(
     size = max(1, -(-len(targets) // n_chunks))  # all alike: a small last one costs the sum of head gradients too
     words = CACHED_WORDS if x.device.type == "cpu" else len(head)
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, len(targets), size):
+        for start in range(0, max(1, len(targets)), size):
             part = slice(start, start + size)
             h = x[part].to(dtype)  # (n, C)
             logits = h.new_empty(len(h), len(head))  # (n, V), of which the gradient takes the place
@@ -101,8 +101,7 @@ def _chunks(
             for of_words, of_head, of_dweight in parts:
                 dx[part] += of_words @ of_head
                 of_dweight += of_words.T @ h
-    dx = dx if dx is None else dx.to(x.dtype)
-    return losses, dx, dweight
+    return losses, None if dx is None else dx.to(x.dtype), dweight
 
 
 def _loss_and_slope(

@@ -69,6 +69,12 @@ def test_loss_of_nothing_but_ignored_targets_is_zero_with_zero_gradients(problem
     assert not any(g.any() for g in torch.autograd.grad(loss, (x, weight)))
 
 
+def test_loss_of_no_tokens_has_gradients_of_zero(problem):
+    x, weight, targets = problem
+    grads = torch.autograd.grad(cross_entropy(x.flatten(0, -2)[:0], weight, targets.flatten()[:0]), (x, weight))
+    assert not any(g.any() for g in grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_loss_is_float32(problem, dtype):
     x, weight, targets = problem
