@@ -98,7 +98,7 @@ class World:
         """
         dist.destroy_process_group()
         for mesh in self._meshes:
-            mesh._pg_registry.clear()
+            getattr(mesh, "_pg_registry", {}).clear()  # torch's own: where it is not, the run is finished all the same
         gc.collect()
 
     def _reduce(self, x: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
