@@ -270,8 +270,8 @@ def speak(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 
 def start_program(*arguments: object, **options) -> subprocess.Popen[str]:
-    """A real process from the checkout, with one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    """A real process from the checkout, with one thread; one that dies outside of Python says where it was."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
