@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,12 +164,14 @@ def load_training(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoi
         optimizers.load(owner(key), key.rpartition("/")[2], value)
 
 
-def read_json(path: Path, *, advice: str = "") -> dict[str, Any]:
-    """The object in a JSON file. UserError, with advice on what to do, where there is none in it."""
+def read_json(path: Path, *, keys: Iterable[str] = (), advice: str = "") -> dict[str, Any]:
+    """The object in a JSON file. UserError, with advice on what to do, where there is none in it or it lacks a key."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"it has no {', '.join(missing)}")
         return content
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error})" + (f": {advice}" if advice else "")) from None

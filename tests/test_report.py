@@ -137,3 +137,17 @@ def test_what_a_resumed_run_measured_before_counts(tmp_path):
     run = RunDir(tmp_path / cells[0]["path"])
     run.finish({key: x for key, x in run.summary().items() if not key.startswith("peak_memory")})
     assert list(collect([study(tmp_path, cells)]).results["peak_memory_train_bytes"]) == [3_000_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (STUDY, {"name": "x"}, "it has no question, baseline, cells): repeat the study's command"),
+        ("cells/full-s1/loss_by_position.json", {}, "it has no position, loss): evaluate again"),
+        ("cells/full-s1/recall_by_distance.json", {"distance": [], "recall": []}, "it has no chance): evaluate again"),
+    ],
+)
+def test_a_file_that_lacks_something_is_refused_by_its_name(program, tmp_path, name, content, said):
+    study(tmp_path, [planted(tmp_path, "full", 1, 3.0)])
+    (tmp_path / name).write_text(json.dumps(content))
+    program(program_of_report.main, tmp_path).assert_refused(f"{tmp_path / name} is damaged ({said}")

@@ -27,7 +27,7 @@ FILE = "cell.json"  # in the run's directory: the commands that have measured it
 def measured(run: Path) -> list[list[str]]:
     """The commands that have measured the trained run."""
     file = run / FILE
-    return read_json(file, advice="remove it")["measured"] if file.is_file() else []
+    return read_json(file, keys=["measured"], advice="remove it")["measured"] if file.is_file() else []
 
 
 def train_cell(config: RunConfig) -> None:

@@ -60,7 +60,8 @@ def collect(paths: list[Path], baseline: str | None = None) -> Collected:
     studies = [path for path in paths if (path / STUDY).is_file()]
     single = [path for path in paths if path not in studies and (path.is_dir() or not path.exists())]
     entries = _entries([RunDir.of(path) for path in single])
-    plans = [read_json(study / STUDY, advice="repeat the study's command") for study in studies]
+    keys = ("name", "question", "baseline", "cells")
+    plans = [read_json(study / STUDY, keys=keys, advice="repeat the study's command") for study in studies]
     notes = []
     for study, plan in zip(studies, plans, strict=True):
         cells = [Entry(run=RunDir(study / c["path"]), variant=c["variant"], seed=c["seed"]) for c in plan["cells"]]

@@ -54,7 +54,7 @@ def plot_position_difference(c: Collected) -> Figure | None:
 
 def plot_recall(c: Collected) -> Figure | None:
     """Share of keys whose value is recalled, by distance; the band spans the seeds."""
-    found = _curves(c, DISTANCES)
+    found = _curves(c, DISTANCES, "distance", "recall", "chance")
     if not found:
         return None
     table = pd.DataFrame({key: pd.Series(x["recall"], index=x["distance"], dtype=float) for key, x in found.items()})
@@ -127,13 +127,13 @@ def plot_sinks(c: Collected) -> Figure | None:
 
 def _loss_by_position(c: Collected) -> pd.DataFrame | None:
     """Rows: tokens that a prediction could see; columns: (variant, seed)."""
-    found = _curves(c, POSITIONS)
+    found = _curves(c, POSITIONS, "position", "loss")
     if not found:
         return None
     return pd.DataFrame({key: pd.Series(x["loss"], index=x["position"], dtype=float) for key, x in found.items()})
 
 
-def _curves(c: Collected, name: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """What a file of each run says that has it, by (variant, seed)."""
+def _curves(c: Collected, name: str, *keys: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """What a file of each run says that has it, by (variant, seed). UserError where it lacks one of the keys."""
     files: dict[tuple[str, int], Path] = {(entry.variant, entry.seed): entry.run.path / name for entry in c.entries}
-    return {key: read_json(file, advice="evaluate again") for key, file in files.items() if file.is_file()}
+    return {key: read_json(file, keys=keys, advice="evaluate again") for key, file in files.items() if file.is_file()}
