@@ -7,10 +7,11 @@
 | sdpa-causal-expanded | the same, a KV head copied for several query heads, since no fused kernel of |
 |                      | the device reads it so                                                       |
 | tiles                | windows, sinks, fewer KV heads, any device; work in proportion to the window;|
-|                      | and what shapes the scores: soft-caps, ALiBi, learned sinks                  |
+|                      | and what shapes the scores: soft-caps, ALiBi, learned sinks; on a CPU chunks |
+|                      | over a cache too, where all rows have come equally far                       |
 | flex                 | windows and sinks on CUDA, fused                                             |
-| masked               | any positions: chunks over a cache, padding; any pattern; a mask of bounded  |
-|                      | size, and no work saved                                                      |
+| masked               | any positions: small chunks over a cache, padding; any pattern; a mask of    |
+|                      | bounded size, and no work saved                                              |
 | masked-scores        | the same for shaped scores, which then exist, in pieces of bounded size      |
 | one-query            | a query of each row over a cache, any spec: sums that a compiler makes loops |
 |                      | of; in a compiled step of decoding alone                                     |
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 Kernel = Literal["auto", "sdpa", "tiles", "flex", "masked"]
 
 MASK_ELEMENTS = 1 << 22  # the largest piece of a mask, or of scores, that exists at a time
+FEWEST = 32  # queries over a cache for which tiles are faster than a mask
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -50,6 +52,7 @@ def kernel_name(
     dtype: torch.dtype,
     *,
     contiguous: bool = True,
+    in_order: bool = False,
     fused: bool = False,
 ) -> str:
     """The kernel for T queries, known before it runs so that every figure can carry it.
@@ -61,7 +64,7 @@ def kernel_name(
     shaped = spec.shapes_scores
     masked = "masked-scores" if shaped else "masked"
     if not contiguous:
-        return masked
+        return "tiles" if in_order and _tiles_serve(spec, T, device, dtype) else masked
     slides = spec.window is not None and spec.window < T
     asked = spec.kernel
     if spec.sparse is not None:
@@ -100,6 +103,7 @@ def attend(
     *,
     sink_logit: Tensor | None = None,
     contiguous: bool = False,
+    in_order: bool = False,
     context: Tensor | None = None,
     fused: bool = False,
     shared: dict | None = None,
@@ -108,11 +112,12 @@ def attend(
 
     sink_logit (H,) is the learned sink, where spec has one.
     contiguous: queries and keys are one run of positions from 0, so that kernels which know no positions may serve.
+    in_order: keys are in order of position and end with the queries' own: any sinks, then one run.
     fused: this is being compiled, and there is one query of each row.
     `context` and `shared` are the step's, where `prepare` left what they need.
     """
-    T = q.shape[2]
-    match kernel_name(spec, T, q.device, q.dtype, contiguous=contiguous, fused=fused):
+    T = k.shape[2]
+    match kernel_name(spec, q.shape[2], q.device, q.dtype, contiguous=contiguous, in_order=in_order, fused=fused):
         case "masked":
             return _masked(q, k, v, q_pos, k_pos, spec, context)
         case "masked-scores":
@@ -122,6 +127,9 @@ def attend(
         case "tiles":
             window = T if spec.window is None else min(spec.window, T)
             block, slopes = block_size(window, q.dtype), _slopes(spec, q)
+            if not contiguous:  # no more scores than of a mask, however long the text is
+                row = q.shape[1] // k.shape[1] * min(T, window + block)
+                block = min(block, max(FEWEST, 1 << (MASK_ELEMENTS // row).bit_length() - 1))
             return tiles(q, k, v, window, spec.n_sink, block, spec.scale, spec.softcap, slopes, sink_logit)
         case "flex":
             return flex(q, k, v, (shared or {})[_mask_key(spec)], spec.scale)
@@ -129,6 +137,15 @@ def attend(
             k, v = (x.repeat_interleave(spec.n_head // spec.n_kv_head, dim=1) for x in (k, v))  # (B, H, T, D)
     gqa = k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=gqa)
+
+
+def _tiles_serve(spec: AttentionSpec, T: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether T queries over a cache go in tiles: where asked, or where that measured faster than a mask."""
+    if spec.sparse is not None or (spec.alibi and spec.n_sink):  # how far back a sink is, order does not tell
+        return False
+    if spec.kernel != "auto" or device.type != "cpu":
+        return spec.kernel == "tiles"
+    return T >= FEWEST if dtype in HALF else spec.window is not None and T >= 128
 
 
 def prepare(spec: AttentionSpec, step: Step, device: torch.device, dtype: torch.dtype) -> None:

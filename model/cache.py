@@ -82,7 +82,10 @@ class KVCache:
         return k.to(dtype), v.to(dtype)
 
     def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Store (B, K, T, D) keys and values; return all their queries may see, with (B or 1, keys) positions."""
+        """Store (B, K, T, D) keys and values; return all their queries may see, with (B or 1, keys) positions.
+
+        Of several tokens in rows that have come equally far, keys are in order of position.
+        """
         T, held, dtype = k.shape[2], torch.sym_min(self.n_slots, step.past_bound), k.dtype
         new = self._packed(k, v)  # as they will be read again
         if not step.padded and (T == 1 or step.past_bound + T <= self.n_slots):
@@ -98,9 +101,20 @@ class KVCache:
         # A chunk reads before it writes: its first queries need keys that its last ones evict.
         k_pos = self._positions(step, held, after=False)
         rows = max(k_pos.shape[0], step.pos.shape[0])
-        seen = [torch.cat((x[:, :, :held], y), dim=2) for x, y in zip(self.tensors(), new, strict=True)]
+        parts = self._oldest_first(step, held)
+        seen = [
+            torch.cat((*(x[:, :, part] for part in parts), y), dim=2) for x, y in zip(self.tensors(), new, strict=True)
+        ]
         self._write(new, step)
-        return *self._unpacked(seen, dtype), torch.cat((k_pos.expand(rows, -1), step.pos.expand(rows, -1)), dim=1)
+        k_pos = torch.cat((*(k_pos[:, part].expand(rows, -1) for part in parts), step.pos.expand(rows, -1)), dim=1)
+        return *self._unpacked(seen, dtype), k_pos
+
+    def _oldest_first(self, step: Step, held: int) -> list[slice]:
+        """The slots in order of position, where that is known without reading the device."""
+        if not step.uniform or step.past_bound <= self.n_slots:
+            return [slice(held)]
+        oldest = self.n_sink + (step.past_bound - self.n_sink) % (self.n_slots - self.n_sink)
+        return [slice(self.n_sink), slice(oldest, held), slice(self.n_sink, oldest)]
 
     def _positions(self, step: Step, held: int, *, after: bool) -> Tensor:
         """(B or 1, held) what the slots hold before or after this step: the same for all layers of one shape."""

@@ -37,6 +37,7 @@ DESIGNS = st.fixed_dictionaries(  # what may stand beside anything else
         "sparse_block": st.integers(2, 5),
         "n_summary": st.integers(1, 2),
         "star_context": st.integers(0, 30),
+        "kernel": st.sampled_from(["auto", "tiles", "masked"]),
         "attn_scale": st.sampled_from([None, 0.2]),
         "attn_softcap": st.sampled_from([None, 1.5]),
         "logit_softcap": st.sampled_from([None, 2.0]),
@@ -72,8 +73,10 @@ BIASES = st.sampled_from([{}, {"bias": True}, {"attn_bias": "qkv"}, {"attn_bias"
 
 
 def design(*parts: dict) -> dict:
-    """The parts together, and as many windows for the heads of mswa layers as fit."""
+    """The parts together, and as many windows for the heads of mswa layers as fit. Tiles know no sparse patterns."""
     whole = {key: value for part in parts for key, value in part.items()}
+    if {"strided", "fixed", "star"} & set(whole["pattern"].split()):
+        whole["kernel"] = "auto"
     return whole | {"head_windows": {1: (3,), 3: (2, 7, 4)}.get(whole["n_kv_head"], (2, 5))}
 
 

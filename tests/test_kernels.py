@@ -54,6 +54,44 @@ def test_tiles_equal_the_masked_form(window, n_sink, block):
         assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(("window", "n_sink"), [(None, 0), (1, 0), (9, 3), (40, 0), (40, 2), (99, 4)])
+@pytest.mark.parametrize("n", [2, 17, 33])
+def test_tiles_of_a_chunk_over_a_cache_equal_the_masked_form(monkeypatch, dtype, window, n_sink, learned, n):
+    """Of the keys between the sinks and the window of the chunk's first query the cache has forgotten some."""
+    T, near = 70, 1e-12 if dtype == torch.float64 else 0.05
+    (q, k, v), grad = make_qkv(T, dtype=dtype)
+    first = T - n
+    low = 0 if window is None else max(0, first - window)
+    pos = torch.tensor([*range(min(n_sink, low)), *range(low, T)])[None]
+    inputs = [x.detach().requires_grad_() for x in (q[:, :, first:], k[:, :, pos[0]], v[:, :, pos[0]])]
+    inputs += [torch.linspace(-1, 2, H).to(dtype).requires_grad_()] if learned else []
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    results = []
+    for (q, k, v, *sink), kernel in ((inputs, "tiles"), (wide, "masked")):
+        shape = {"sink_logit": learned, "softcap": 1.5, "alibi": n_sink == 0}
+        spec = make_spec(window=window, n_sink=n_sink, kernel=kernel, **shape)
+        name = kernel_name(spec, n, q.device, q.dtype, contiguous=False, in_order=True)
+        assert name == ("tiles" if kernel == "tiles" else "masked-scores")
+        y = attend(q, k, v, pos[:, -n:], pos, spec, sink_logit=sink[0] if learned else None, in_order=True)
+        results.append(outputs(y, [q, k, v, *sink], grad[:, :, first:].to(q.dtype)))
+    for actual, expected in zip(*results, strict=True):
+        assert (actual.double() - expected).norm() <= near * expected.norm() + 1e-6 * near
+
+
+def test_a_chunk_over_a_cache_goes_in_tiles_where_they_are_faster():
+    name = lambda n, dtype, spec, device="cpu": kernel_name(
+        spec, n, torch.device(device), dtype, contiguous=False, in_order=True
+    )
+    full, sliding, far = make_spec(), make_spec(window=9), make_spec(alibi=True, window=9, n_sink=1)
+    assert [name(n, torch.bfloat16, full) for n in (2, 31, 32)] == ["masked", "masked", "tiles"]
+    assert [name(n, torch.float32, sliding) for n in (127, 128)] == ["masked", "tiles"]
+    assert name(512, torch.float32, full) == "masked"
+    assert name(512, torch.bfloat16, sliding, "cuda") == "masked"
+    assert name(512, torch.bfloat16, far) == "masked-scores"  # a sink's distance is not that of its place
+
+
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 @pytest.mark.parametrize("limit", [1, 3000])
 def test_tiles_in_parts_equal_the_masked_form(monkeypatch, kv_heads, limit):

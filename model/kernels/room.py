@@ -18,7 +18,9 @@ class Tile:
 
     start: int
     stop: int
+    rows: slice  # where those queries are: the first of them may stand at any key
     low: int
+    end: int  # columns go on to here, over keys that no query of the tile sees
     n_sink: int
     learned: bool
 
@@ -33,8 +35,8 @@ class Tile:
 
     def distances(self, like: Tensor) -> Tensor:
         """(b, S + L) from each query back to each key; to the learned sink none."""
-        pos = torch.arange(self.stop, device=like.device)
-        back = pos[self.start :, None] - torch.cat((pos[: self.n_sink], pos[self.low :]))
+        pos = torch.arange(self.end, device=like.device)
+        back = pos[self.start : self.stop, None] - torch.cat((pos[: self.n_sink], pos[self.low :]))
         return (F.pad(back, (1, 0)) if self.learned else back).to(like.dtype)
 
 
@@ -66,26 +68,30 @@ class Room:
 
     def queries(self, name: str, tile: Tile, x: Tensor, scale: float = 1.0) -> Tensor:
         """The tile's rows of (B, K, R, T, D) -> (N, R b, D), N = B K: the query heads of a KV head share its keys."""
-        rows = x[:, :, :, tile.start : tile.stop]
+        rows = x[:, :, :, tile.rows]
         if scale != 1 or self.packs:
             rows = torch.mul(rows, scale, out=self.take(name, *rows.shape))
         return rows.reshape(rows.shape[0] * rows.shape[1], -1, rows.shape[4])
 
     def put(self, x: Tensor, tile: Tile, rows: Tensor, scale: float = 1.0) -> None:
         """(N, R b, D) to where `queries` takes it from."""
-        place = x[:, :, :, tile.start : tile.stop]
+        place = x[:, :, :, tile.rows]
         torch.mul(rows.view(place.shape), scale, out=place)
 
     def keys(self, name: str, tile: Tile, x: Tensor) -> Tensor:
         """The tile's rows of (B, K, T, D) -> (N, S + L, D): the sinks, then the band."""
-        if not (self.packs or tile.n_before):
-            return x[:, :, tile.low : tile.stop].flatten(0, 1)
-        kept = self.take(name, *x.shape[:2], tile.n_before + tile.stop - tile.low, x.shape[3])
+        band = x[:, :, tile.low : tile.end]
+        n_band, n_here = tile.end - tile.low, band.shape[2]
+        if not (self.packs or tile.n_before) and n_here == n_band:
+            return band.flatten(0, 1)
+        kept = self.take(name, *x.shape[:2], tile.n_before + n_band, x.shape[3])
         if tile.learned:
             kept[:, :, 0] = 0
         if tile.n_sink:
             kept[:, :, tile.learned : tile.n_before].copy_(x[:, :, : tile.n_sink])
-        (kept[:, :, tile.n_before :] if tile.n_before else kept).copy_(x[:, :, tile.low : tile.stop])
+        kept[:, :, tile.n_before :][:, :, :n_here].copy_(band)
+        if n_here < n_band:
+            kept[:, :, tile.n_before + n_here :] = 0
         return kept.flatten(0, 1)
 
 
@@ -103,7 +109,7 @@ class KeySums:
         x = x.unflatten(0, self.out.shape[:2])
         if tile.n_sink:
             self.sinks[:, :, : tile.n_sink] += x[:, :, tile.learned : tile.n_before]
-        band, n_old = x[:, :, tile.n_before :], self.open.shape[2]
+        band, n_old = x[:, :, tile.n_before : tile.n_before + tile.stop - tile.low], self.open.shape[2]
         n_new = band.shape[2] - n_old  # keys that no tile has added to
         if self.out.dtype == self.dtype:
             self.out[:, :, tile.low : tile.low + n_new].copy_(band[:, :, :n_new])
@@ -119,8 +125,11 @@ class KeySums:
                 sums[:, :, n_new:].add_(self.open)
             self.open, done = sums.split((tile.start - tile.low, tile.stop - tile.start), dim=2)
             self.out[:, :, tile.start : tile.stop].copy_(done)  # no later tile reaches them
+        self.low = tile.low
 
     def finish(self) -> None:
-        """Add what the sinks received beside the band."""
+        """Keep the sums of keys before the first query, and add what the sinks received beside the band."""
+        if self.open.shape[2] and self.out.dtype != self.dtype:
+            self.out[:, :, self.low : self.low + self.open.shape[2]].copy_(self.open)
         self.out[:, :, : self.sinks.shape[2]] += self.sinks
         self.room.free.append(self.name)

@@ -40,12 +40,14 @@ def tiles(
     slopes: Tensor | None = None,
     sink_logit: Tensor | None = None,
 ) -> Tensor:
-    """(B, H, T, D) over (B, K, T, D) -> (B, H, T, D): each query over its last `window` keys and the first n_sink.
+    """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D): each query over its last `window` keys and the first n_sink.
+
+    Queries stand at the last Tq keys: all of them in training, those of a chunk over a cache.
 
     Scores are products times scale (none: 1 / sqrt(D)), capped, less slopes (H,) times the distance; sink_logit (H,)
     joins the softmax's denominator.
     """
-    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, slopes, sink_logit)
+    tiling = _Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
     out, room = torch.empty_like(q), Room(q)
     for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
         for tile in tiling:
@@ -71,8 +73,8 @@ def tiles_backward(
     sink_logit: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sink_logit; probabilities are computed again, a tile at a time (the idea of 2205.14135)."""
-    tiling = _Tiling.of(q, window, n_sink, block, scale, softcap, slopes, sink_logit)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    tiling = _Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
+    dq, dk, dv = (torch.empty_like(x) if tiling.first == 0 else torch.zeros_like(x) for x in (q, k, v))
     dsink = q.new_zeros(0) if sink_logit is None else torch.zeros_like(sink_logit)
     per_head, room = [slopes, sink_logit, None if sink_logit is None else dsink], Room(q)
     for (dq_, grad_, q_), (dk_, dv_, k_, v_), heads in tiling.parts([dq, grad, q], [dk, dv, k, v], per_head):
@@ -103,6 +105,7 @@ class _Tiling:
     """How the T x T square is cut into tiles, and what becomes of a tile's products."""
 
     T: int
+    first: int  # where the first query stands
     window: int
     n_sink: int
     block: int
@@ -115,6 +118,7 @@ class _Tiling:
     def of(
         cls,
         q: Tensor,
+        k: Tensor,
         window: int,
         n_sink: int,
         block: int,
@@ -124,15 +128,19 @@ class _Tiling:
         sink_logit: Tensor | None = None,
     ) -> "_Tiling":
         """As the operators are called."""
-        T, D = q.shape[2:]
-        return cls(T, window, n_sink, block, D**-0.5 if scale is None else scale, softcap, sink_logit is not None)
+        T, D = k.shape[2:]
+        scale, learned = D**-0.5 if scale is None else scale, sink_logit is not None
+        return cls(T, T - q.shape[2], window, n_sink, block, scale, softcap, learned)
 
     def __iter__(self) -> Iterator[Tile]:
         """Last queries first: a key is done with the tile whose queries stand where it does."""
         before = self.n_sink + self.learned
-        for start in reversed(range(0, self.T, self.block)):
+        for start in reversed(range(self.first, self.T, self.block)):
+            stop = min(self.T, start + self.block)
             low = max(0, (start - self.window + 1 - before) // ALIGN * ALIGN + before)
-            yield Tile(start, min(self.T, start + self.block), low, min(self.n_sink, low), self.learned)
+            end = stop if self.first == 0 else low + _one_of_few(stop - low)
+            rows = slice(start - self.first, stop - self.first)
+            yield Tile(start, stop, rows, low, end, min(self.n_sink, low), self.learned)
 
     def parts(
         self, queries: list[Tensor], keys: list[Tensor], per_head: list[Tensor | None]
@@ -181,7 +189,10 @@ class _Tiling:
             tile.by_head(scores, slopes).addcmul_(slopes[:, :, None, None], tile.distances(scores), value=-1)
         square = scores.unflatten(1, (-1, tile.stop - tile.start))  # (N, R, b, S + L), a view
         newest, oldest = self._edges(tile, scores)
-        square[..., -newest.shape[1] :].add_(newest)
+        own = tile.n_before + tile.start - tile.low
+        square[..., own : own + len(newest)].add_(newest)
+        if tile.end > tile.stop:
+            square[..., own + len(newest) :] = -torch.inf
         if oldest.shape[1]:
             square[..., tile.n_before : tile.n_before + oldest.shape[1]].add_(oldest)
         if sink_logit is not None:
@@ -201,6 +212,12 @@ class _Tiling:
         return self._masks[key]
 
 
+def _one_of_few(n: int) -> int:
+    """n or up to an eighth more: a growing cache has ever other lengths, and oneDNN keeps code for each."""
+    step = max(ALIGN, (1 << n.bit_length()) // 16)
+    return -(-n // step) * step
+
+
 def _softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
     """The gradient of the scores, of that of the probabilities p."""
     if grad.device.type == "cpu":  # which reads a row before it writes it: the tile can be overwritten
@@ -218,7 +235,7 @@ def block_size(window: int, dtype: torch.dtype) -> int:
 def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
     """What a call holds beside its arguments and results, of shapes alone; `numbers` follow v among them."""
     (B, H, _, D), K = q.shape, k.shape[1]
-    tiling = _Tiling.of(q, *numbers)
+    tiling = _Tiling.of(q, k, *numbers)
     rows, heads = tiling.part(B, K, H // K, q.element_size())
     largest = max((tile.stop - tile.start) * (tile.n_before + tile.stop - tile.low) for tile in tiling)
     scores = rows * heads * (H // K) * largest * q.element_size()

@@ -183,6 +183,7 @@ class Attention(nn.Module):
             *(q, k, v, step.pos, k_pos, spec),
             sink_logit=self.sink_logit,
             contiguous=step.contiguous and not spec.rope_in_cache,
+            in_order=cache is not None and step.uniform and T > 1 and not spec.rope_in_cache,
             context=step.context,
             fused=step.fused,
             shared=step.shared,
