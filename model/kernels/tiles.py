@@ -213,7 +213,7 @@ class _Tiling:
 
 
 def _one_of_few(n: int) -> int:
-    """n or up to an eighth more: a growing cache has ever other lengths, and oneDNN keeps code for each."""
+    """n or up to an eighth more: a growing cache has ever other lengths, and a CPU keeps code for each."""
     step = max(ALIGN, (1 << n.bit_length()) // 16)
     return -(-n // step) * step
 
