@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -42,10 +42,10 @@ def torchrun(out: Path, text: Path, *options: object, **changes) -> Iterator[sub
     try:
         yield process
     finally:
-        family += family[0].children(recursive=True) if family[0].is_running() else []
+        with suppress(psutil.NoSuchProcess):
+            family += family[0].children(recursive=True)
         for member in family:
-            if member.is_running():
-                member.kill()
+            kill(member)
 
 
 def wait_for_step(process: subprocess.Popen[str], run: RunDir, step: int) -> None:
@@ -58,7 +58,19 @@ def wait_for_step(process: subprocess.Popen[str], run: RunDir, step: int) -> Non
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children() if "train.py" in child.cmdline()]
+    """Those that train and have not ended."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children():
+            with suppress(psutil.NoSuchProcess):  # or a zombie: it has ended since it was listed
+                found += [child] if "train.py" in child.cmdline() else []
+    return found
+
+
+def kill(process: psutil.Process) -> None:
+    """Unless it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
 
 
 def end_of(process: subprocess.Popen[str]) -> Ended:
@@ -79,7 +91,7 @@ def test_torchrun_goes_on_from_the_last_checkpoint_when_a_process_was_killed(tmp
     with torchrun(tmp_path, text, "--max-restarts", 1) as process:
         wait_for_step(process, run, 20)
         one, other = workers(process)
-        one.kill()
+        kill(one)
         ended = end_of(process)
         assert not other.is_running()
     assert ended.code == 0, ended.err
@@ -92,7 +104,7 @@ def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on(tmp
     with torchrun(tmp_path, text, train={"parallel": "fsdp", "checkpoint": "sharded"}) as process:
         wait_for_step(process, run, 20)
         one, other = workers(process)
-        other.kill()
+        kill(other)
         ended = end_of(process)
         assert ended.code != 0
         assert not one.is_running()
@@ -129,8 +141,8 @@ def test_processes_killed_again_and_again_at_any_moment_arrive(tmp_path, text, w
             end = time.monotonic() + draw.uniform(2, 12)
             while time.monotonic() < end and process.poll() is None:
                 time.sleep(0.01)
-            for worker in draw.sample(workers(process), k=1) if process.poll() is None and workers(process) else []:
-                worker.kill()
+            for worker in draw.sample(found := workers(process), k=min(1, len(found))):
+                kill(worker)
             end_of(process)
             assert done <= STEPS
     with torchrun(tmp_path, text, **how) as process:
