@@ -203,6 +203,9 @@ print(min(faults() for _ in range(10)))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other settings")
 def test_memory_that_was_freed_is_used_again_on_a_cpu_without_new_pages():
-    ended = run_program("-c", FAULTS)
-    assert ended.code == 0, ended.err
-    assert int(ended.out) < 16  # with new ones 32 each time, if they are huge; a busy system takes some back at times
+    found: list[int] = []
+    while len(found) < 3 and min(found, default=16) >= 16:
+        ended = run_program("-c", FAULTS)
+        assert ended.code == 0, ended.err
+        found.append(int(ended.out))
+    assert min(found) < 16  # new ones are 32 each time, if they are huge; beside other tests a few processes had them
