@@ -58,7 +58,7 @@ def test_tiles_equal_the_masked_form(window, n_sink, block):
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize(("window", "n_sink"), [(None, 0), (1, 0), (9, 3), (40, 0), (40, 2), (99, 4)])
 @pytest.mark.parametrize("n", [2, 17, 33])
-def test_tiles_of_a_chunk_over_a_cache_equal_the_masked_form(monkeypatch, dtype, window, n_sink, learned, n):
+def test_tiles_of_a_chunk_over_a_cache_equal_the_masked_form(dtype, window, n_sink, learned, n):
     """Of the keys between the sinks and the window of the chunk's first query the cache has forgotten some."""
     T, near = 70, 1e-12 if dtype == torch.float64 else 0.05
     (q, k, v), grad = make_qkv(T, dtype=dtype)
