@@ -197,15 +197,15 @@ def faults():
     torch.ones(1 << 24)  # 64 MiB, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(min(faults() for _ in range(10)))
+print(*(faults() for _ in range(40)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other settings")
 def test_memory_that_was_freed_is_used_again_on_a_cpu_without_new_pages():
-    found: list[int] = []
-    while len(found) < 3 and min(found, default=16) >= 16:
-        ended = run_program("-c", FAULTS)
-        assert ended.code == 0, ended.err
-        found.append(int(ended.out))
-    assert min(found) < 16  # new ones are 32 each time, if they are huge; beside other tests a few processes had them
+    """After some tries: glibc before 2.38 keeps small ends that it cuts off, seven of a size, between what is freed."""
+    ended = run_program("-c", FAULTS)
+    assert ended.code == 0, ended.err
+    found = [int(word) for word in ended.out.split()]
+    assert len(found) == 40
+    assert max(found[20:]) < 16, found  # new pages are 32 each time, if they are huge
