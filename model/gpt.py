@@ -14,10 +14,11 @@ from model import decode
 from model.cache import Cache, LayerState
 from model.config import ModelConfig
 from model.errors import UserError
-from model.layers import MLP, make_norm, to_product_dtype
+from model.layers import MLP, make_norm
 from model.loss import cross_entropy
 from model.mixers import MIXERS
 from model.mixers.contract import MixerSpec
+from model.products import Linear, to_product_dtype
 from model.step import PADDING, Step
 
 
@@ -57,7 +58,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, spec) for spec in config.layers)
         self.ln_f = make_norm(config.norm, config.n_embd, eps=config.norm_eps, bias=config.bias)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         self.init_weights()

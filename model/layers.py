@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.products import Linear
+
 NormName = Literal["rmsnorm", "rmsnorm+1", "layernorm"]
 MLPName = Literal["swiglu", "geglu", "gelu", "gelu-tanh", "relu2"]
 GATED = {"swiglu": F.silu, "geglu": lambda x: F.gelu(x, approximate="tanh")}
@@ -80,21 +82,15 @@ def make_norm(name: NormName, width: int, *, eps: float, bias: bool) -> nn.Modul
     return nn.LayerNorm(width, eps=eps, bias=bias) if name == "layernorm" else NORMS[name](width, eps)
 
 
-def to_product_dtype(x: Tensor) -> Tensor:
-    """x as autocast would make it for a matrix product: once, where several products share it."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
 class MLP(nn.Module):
     """(B, T, C) -> (B, T, C) through a hidden layer: gelu, squared relu (2109.08668), or gated ones (2002.05202)."""
 
     def __init__(self, kind: MLPName, width: int, hidden: int, bias: bool):
         super().__init__()
         self.kind = kind
-        self.c_gate = nn.Linear(width, hidden, bias=bias) if kind in GATED else None
-        self.c_fc = nn.Linear(width, hidden, bias=bias)
-        self.c_proj = nn.Linear(hidden, width, bias=bias)
+        self.c_gate = Linear(width, hidden, bias=bias) if kind in GATED else None
+        self.c_fc = Linear(width, hidden, bias=bias)
+        self.c_proj = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.c_gate is None:

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.products import times, times_transposed, transposed_times
+
 CHUNK_ELEMENTS = 1 << 27  # logits that exist at a time: with fewer, adding up the head's gradient costs time
 CACHED_ELEMENTS = 1 << 20  # of them, those that a CPU works on at a time between two matrix products
 CACHED_WORDS = 1 << 12  # of the vocabulary, those whose part of the head a CPU multiplies at a time
@@ -91,7 +93,7 @@ def _chunks(
             h = x[part].to(dtype)  # (n, C)
             logits = h.new_empty(len(h), len(head))  # (n, V), of which the gradient takes the place
             for of_words, of_head in zip(logits.split(words, dim=1), head.split(words), strict=True):
-                torch.mm(h, of_head.T, out=of_words)
+                times_transposed(h, of_head, out=of_words)
             scale = None if weights is None else weights[part]
             losses[part] = _loss_and_slope(logits, targets[part], scale, softcap, z_loss)
             if dx is None:
@@ -99,8 +101,8 @@ def _chunks(
             dweight = torch.zeros_like(weight) if dweight is None else dweight  # now: the room of the rows is free
             parts = zip(logits.split(words, dim=1), head.split(words), dweight.split(words), strict=True)
             for of_words, of_head, of_dweight in parts:
-                dx[part] += of_words @ of_head
-                of_dweight += of_words.T @ h
+                dx[part] += times(of_words, of_head)
+                of_dweight += transposed_times(of_words, h)
     return losses, None if dx is None else dx.to(x.dtype), dweight
 
 

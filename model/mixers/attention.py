@@ -20,6 +20,7 @@ from model.cache import KVCache, empty_kv, kv_bytes, n_slots
 from model.in_cache import rotate_by_place
 from model.layers import NORMS
 from model.positions import Rope, rotate
+from model.products import Linear
 from model.sparse import Sparse
 from model.step import Step
 from model.visible import n_visible
@@ -122,11 +123,11 @@ class Attention(nn.Module):
         self.spec = spec
         C, H, K, D = spec.n_embd, spec.n_head, spec.n_kv_head, spec.head_dim
         qkv_bias, all_bias = spec.bias != "none", spec.bias == "all"
-        self.c_q = nn.Linear(C, H * D, bias=qkv_bias)  # apart: Muon treats each matrix as one
-        self.c_k = nn.Linear(C, K * D, bias=qkv_bias)
-        self.c_v = nn.Linear(C, K * D, bias=qkv_bias)
-        self.c_proj = nn.Linear(H * D, C, bias=all_bias)
-        self.c_gate = nn.Linear(C, spec.gate_width, bias=False) if spec.gate_width else None
+        self.c_q = Linear(C, H * D, bias=qkv_bias)  # apart: Muon treats each matrix as one
+        self.c_k = Linear(C, K * D, bias=qkv_bias)
+        self.c_v = Linear(C, K * D, bias=qkv_bias)
+        self.c_proj = Linear(H * D, C, bias=all_bias)
+        self.c_gate = Linear(C, spec.gate_width, bias=False) if spec.gate_width else None
         self.sink_logit = nn.Parameter(torch.zeros(H)) if spec.sink_logit else None
         if spec.qk_norm != "none":
             self.q_norm, self.k_norm = (NORMS[spec.norm](width, spec.norm_eps) for width in spec.norm_widths)

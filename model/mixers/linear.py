@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.products import Linear
 from model.step import PADDING, Step
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.spec = spec
         width = spec.n_head * spec.head_dim
-        self.c_q, self.c_k, self.c_v = (nn.Linear(spec.n_embd, width, bias=spec.bias) for _ in "qkv")
-        self.c_proj = nn.Linear(width, spec.n_embd, bias=spec.bias)
+        self.c_q, self.c_k, self.c_v = (Linear(spec.n_embd, width, bias=spec.bias) for _ in "qkv")
+        self.c_proj = Linear(width, spec.n_embd, bias=spec.bias)
 
     @staticmethod
     def spec_from(config: ModelConfig, kind: str, nth: int) -> LinearSpec:

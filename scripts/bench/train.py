@@ -18,6 +18,7 @@ from model.device import Runtime, Switch, compile_blocks, matmul_rate, resolve
 from model.gpt import GPT
 from model.memory import measure_peak, training_tensors
 from model.optim import Optimizers
+from model.products import Linear
 from scripts.bench.peers import transformers_twin
 from scripts.bench.timing import Measured, ratio, refuse_unfused, save, take_turns
 from scripts.memory import with_known_vocabulary
@@ -129,8 +130,11 @@ def sdpa(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
 
 
 def plain(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
-    """As simple trainers do it: float32, eager, windows as masks, the whole logits."""
+    """As simple trainers do it: float32, eager, windows as masks, the whole logits, nn.Linear."""
     model = GPT(config.model_copy(update={"kernel": "masked" if "swa" in config.kinds else "sdpa"})).to(runtime.device)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     loss = lambda: F.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
     return Candidate(config, model, loss, model.kernel_names(config.block_size, torch.float32) + ", float32")
 

@@ -1,0 +1,100 @@
+"""Matrix products with weights, which a CPU does as convolutions with 1 x 1 kernels where that is faster.
+
+oneDNN lays the weights out for its convolutions once, for its matrix products again and again; and float32 products
+are otherwise MKL's, which serves some makers' processors badly (docs/experiments.md has the figures).
+
+Dimensions: N rows, I inputs, O outputs.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}  # rows, multiplications: measured
+
+
+class Linear(nn.Linear):
+    """nn.Linear, (..., I) -> (..., O), with the products of this file."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = to_product_dtype(x)
+        rows = x.flatten(0, -2)
+        if not _convolve(rows, self.out_features):
+            return F.linear(x, self.weight, self.bias)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return _Convolved.apply(rows, weight, bias).view(*x.shape[:-1], -1)
+
+
+def to_product_dtype(x: Tensor) -> Tensor:
+    """x as autocast would make it for a matrix product: once, where several products share it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def times_transposed(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """(N, I) times (O, I) transposed, into out (N, O). No gradients."""
+    if _convolve(x, len(weight)):
+        out.copy_(_forward(x, weight, None))
+    else:
+        torch.mm(x, weight.T, out=out)
+
+
+def times(grad: Tensor, weight: Tensor) -> Tensor:
+    """(N, O) times (O, I): what times_transposed gives, back to what it was given."""
+    if not _convolve(grad, weight.shape[1]):
+        return grad @ weight
+    return _rows(F.conv_transpose2d(_image(grad), weight[:, :, None, None]))
+
+
+def transposed_times(grad: Tensor, x: Tensor) -> Tensor:
+    """(N, O) transposed times (N, I) -> (O, I). In bfloat16 a convolution is slower for some shapes."""
+    if grad.dtype == torch.bfloat16 or not _convolve(grad, x.shape[1]):
+        return grad.T @ x
+    return F.conv_transpose2d(x[None, :, :, None], grad[:, :, None, None])[0, :, :, 0]
+
+
+def _convolve(rows: Tensor, others: int) -> bool:
+    """Whether rows are multiplied faster as a convolution to `others` columns; with one thread they never are."""
+    if not rows.is_cpu or rows.dtype not in LEAST or torch.compiler.is_compiling():
+        return False
+    least_rows, least = LEAST[rows.dtype]
+    return len(rows) >= least_rows and rows.numel() * others >= least and torch.get_num_threads() > 1 and _measured()
+
+
+def _measured() -> bool:
+    """Elsewhere the products stay what they are."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _image(rows: Tensor) -> Tensor:
+    """(N, C) -> (1, C, N, 1), an image of N pixels, channels last."""
+    return rows.contiguous().view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
+
+
+def _rows(image: Tensor) -> Tensor:
+    return image[0, :, :, 0].t()
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))
+
+
+class _Convolved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            times(grad, weight) if of_x else None,
+            transposed_times(grad, x) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )

@@ -1,0 +1,162 @@
+"""Products by convolution: equal to nn.Linear, in a network too, and taken only where they were measured faster."""
+
+import pytest
+import torch
+from conftest import assert_equal, random_tokens
+from networks import SMALL, tiny_model
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from model import products
+from model.config import ModelConfig
+from model.products import Linear, times, times_transposed, transposed_times
+
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+WIDE = {torch.bfloat16: (1024, 512, 256), torch.float32: (64, 1024, 512)}  # the least rows, inputs, outputs
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def always(monkeypatch, threads):
+    """However small the product, whatever the machine."""
+    monkeypatch.setattr(products, "LEAST", dict.fromkeys(NEAR, (1, 1)))
+    monkeypatch.setattr(products, "_measured", lambda: True)
+
+
+@pytest.fixture
+def here(monkeypatch, threads):
+    """As large as ever, on a machine like those that were measured."""
+    monkeypatch.setattr(products, "_measured", lambda: True)
+
+
+def is_convolution(y: torch.Tensor) -> bool:
+    steps, seen = [y.grad_fn], []
+    while steps:
+        step = steps.pop()
+        if step is not None:
+            seen.append(step.name())
+            steps += [before for before, _ in step.next_functions]
+    return "_ConvolvedBackward" in seen
+
+
+def outputs_and_gradients(linear: nn.Linear, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = linear(x)
+    y.backward(grad)
+    return [y, x.grad, *(p.grad for p in linear.parameters())]
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("shape", "outputs"), [((1, 1), 1), ((7, 5), 3), ((2, 9, 16), 32), ((3, 1, 33), 65)])
+def test_convolutions_equal_nn_linear(always, dtype, bias, shape, outputs):
+    linear = Linear(shape[-1], outputs, bias=bias, dtype=dtype)
+    x, grad = torch.randn(shape, dtype=dtype), torch.randn(*shape[:-1], outputs, dtype=dtype)
+    assert is_convolution(linear(x))
+    found = outputs_and_gradients(linear, x, grad)
+    linear.zero_grad()
+    linear.__class__ = nn.Linear
+    for ours, expected in zip(found, outputs_and_gradients(linear, x, grad), strict=True):
+        assert ours.shape == expected.shape
+        assert ours.dtype == dtype
+        assert_equal(ours.float(), expected.float(), NEAR[dtype])
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_rows_and_gradients_in_any_order_of_memory(always, dtype):
+    linear = Linear(12, 20, dtype=dtype)
+    x = torch.randn(12, 6, dtype=dtype).T
+    grads = [torch.randn(20, 6, dtype=dtype).T, torch.ones(1, 1, dtype=dtype).expand(6, 20)]
+    for grad in grads:
+        linear.zero_grad()
+        found = outputs_and_gradients(linear, x, grad)
+        linear.zero_grad()
+        expected = outputs_and_gradients(linear, x.contiguous(), grad.contiguous())
+        for ours, same in zip(found, expected, strict=True):
+            assert torch.equal(ours, same)
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_products_of_a_part_of_the_columns(always, dtype):
+    """As the loss takes them: slices of a wide matrix, written to and read from in place."""
+    x, weight, wide = (torch.randn(*shape, dtype=dtype) for shape in ((8, 6), (5, 6), (8, 15)))
+    part = wide[:, 5:10]
+    assert_equal(times(part, weight).float(), (part.double() @ weight.double()).float(), NEAR[dtype])
+    assert_equal(transposed_times(part, x).float(), (part.double().T @ x.double()).float(), NEAR[dtype])
+    around = wide.clone()
+    times_transposed(x, weight, out=part)
+    assert_equal(part.float(), (x.double() @ weight.double().T).float(), NEAR[dtype])
+    assert torch.equal(wide[:, :5], around[:, :5])
+    assert torch.equal(wide[:, 10:], around[:, 10:])
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_a_network_learns_the_same_with_convolutions(monkeypatch, always, dtype):
+    model, idx = tiny_model(ModelConfig(**SMALL), dtype=torch.float32), random_tokens(2, 24)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters())]
+
+    found = loss_and_gradients()
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = model(idx[:, :-1]).float()
+    assert_equal(found[0], cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()), NEAR[dtype])
+    monkeypatch.setattr(products, "LEAST", {})
+    for ours, expected in zip(found, loss_and_gradients(), strict=True):
+        assert_equal(ours, expected, NEAR[dtype])
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_a_convolution_is_taken_from_the_sizes_where_it_is_faster(here, dtype):
+    rows, inputs, outputs = WIDE[dtype]
+    linear, narrow, wide = (Linear(inputs, n, dtype=dtype) for n in (outputs, outputs - 1, 2 * outputs))
+    x = torch.randn(rows, inputs, dtype=dtype)
+    assert is_convolution(linear(x))
+    assert not is_convolution(narrow(x))
+    assert not is_convolution(wide(x[1:]))
+
+
+def test_autocast_says_what_is_multiplied(here):
+    rows, inputs, outputs = WIDE[torch.bfloat16]
+    linear, x = Linear(inputs, outputs), torch.randn(rows, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x)
+    assert is_convolution(y)
+    y.sum().backward()
+    assert linear.weight.grad.dtype == torch.float32
+    assert torch.equal(y, linear.bfloat16()(x.bfloat16()))
+
+
+def test_no_convolution_in_float64_with_one_thread_or_where_none_was_measured(monkeypatch, here):
+    rows, inputs, outputs = WIDE[torch.float32]
+    linear, x = Linear(inputs, outputs), torch.randn(rows, inputs)
+    assert is_convolution(linear(x))
+    assert not is_convolution(linear.double()(x.double()))
+    linear.float()
+    torch.set_num_threads(1)
+    assert not is_convolution(linear(x))
+    torch.set_num_threads(2)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not is_convolution(linear(x))
+
+
+def test_compiled_code_multiplies_as_the_compiler_wants(always):
+    linear, x = Linear(8, 8), torch.randn(4, 8)
+    assert is_convolution(linear(x))
+    seen = []
+    torch.compile(linear, backend=lambda graph, _: seen.append(graph.code) or graph.forward)(x)
+    assert len(seen) == 1
+    assert "linear" in seen[0]
+    assert "conv" not in seen[0]
