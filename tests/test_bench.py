@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from networks import tiny_config
+from torch import nn
 
 from model import cost
+from model.device import resolve
 from model.errors import UserError
 from model.gpt import GPT
 from scripts.bench import attention, loss, timing, train
@@ -135,6 +137,13 @@ def test_the_plain_peer_has_the_loss_of_ours():
     model = GPT(config)
     ours, plain = model(idx, idx), torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
     assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_the_plain_peer_multiplies_as_nn_linear_does():
+    config = tiny_config()
+    idx = torch.arange(6)[None] % config.vocab
+    model = train.plain(config, resolve("cpu", "float32"), idx).model
+    assert {type(part) for part in model.modules() if isinstance(part, nn.Linear)} == {nn.Linear}
 
 
 def test_the_loss_is_measured_beside_the_ways_that_hold_all_logits(tmp_path):
