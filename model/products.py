@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}  # rows, multiplications: measured
+LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # for their gradients
 
 
 class Linear(nn.Linear):
@@ -22,7 +23,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         x = to_product_dtype(x)
         rows = x.flatten(0, -2)
-        if not _convolve(rows, self.out_features):
+        if not _convolve(rows, self.out_features, LEAST):
             return F.linear(x, self.weight, self.bias)
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         return _Convolved.apply(rows, weight, bias).view(*x.shape[:-1], -1)
@@ -36,7 +37,7 @@ def to_product_dtype(x: Tensor) -> Tensor:
 
 def times_transposed(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """(N, I) times (O, I) transposed, into out (N, O). No gradients."""
-    if _convolve(x, len(weight)):
+    if _convolve(x, len(weight), LEAST):
         out.copy_(_forward(x, weight, None))
     else:
         torch.mm(x, weight.T, out=out)
@@ -44,23 +45,24 @@ def times_transposed(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def times(grad: Tensor, weight: Tensor) -> Tensor:
     """(N, O) times (O, I): what times_transposed gives, back to what it was given."""
-    if not _convolve(grad, weight.shape[1]):
+    if not _convolve(grad, weight.shape[1], LEAST):
         return grad @ weight
     return _rows(F.conv_transpose2d(_image(grad), weight[:, :, None, None]))
 
 
 def transposed_times(grad: Tensor, x: Tensor) -> Tensor:
-    """(N, O) transposed times (N, I) -> (O, I). In bfloat16 a convolution is slower for some shapes."""
-    if grad.dtype == torch.bfloat16 or not _convolve(grad, x.shape[1]):
+    """(N, O) transposed times (N, I) -> (O, I): the gradient of what times_transposed multiplied by."""
+    copied = not grad.is_contiguous()  # as columns of a wider matrix are; in bfloat16 that takes what would be saved
+    if (copied and grad.dtype == torch.bfloat16) or not _convolve(grad, x.shape[1], LEAST_OF_WEIGHTS):
         return grad.T @ x
     return F.conv_transpose2d(x[None, :, :, None], grad[:, :, None, None])[0, :, :, 0]
 
 
-def _convolve(rows: Tensor, others: int) -> bool:
+def _convolve(rows: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int]]) -> bool:
     """Whether rows are multiplied faster as a convolution to `others` columns; with one thread they never are."""
-    if not rows.is_cpu or rows.dtype not in LEAST or torch.compiler.is_compiling():
+    if not rows.is_cpu or rows.dtype not in sizes or torch.compiler.is_compiling():
         return False
-    least_rows, least = LEAST[rows.dtype]
+    least_rows, least = sizes[rows.dtype]
     return len(rows) >= least_rows and rows.numel() * others >= least and torch.get_num_threads() > 1 and _measured()
 
 
