@@ -21,7 +21,7 @@ Switch = Literal["auto", "on", "off"]
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs about 10 s and saves 2 to 12 %: below this it does not pay
+COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs 10 s and saves 2 to 12 % of narrow layers: below, it does not pay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
