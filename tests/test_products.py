@@ -139,7 +139,7 @@ def test_autocast_says_what_is_multiplied(here):
     assert torch.equal(y, linear.bfloat16()(x.bfloat16()))
 
 
-def test_no_convolution_in_float64_with_one_thread_or_where_none_was_measured(monkeypatch, here):
+def test_no_convolution_in_float64_or_with_one_thread(here):
     rows, inputs, outputs = WIDE[torch.float32]
     linear, x = Linear(inputs, outputs), torch.randn(rows, inputs)
     assert is_convolution(linear(x))
@@ -147,10 +147,24 @@ def test_no_convolution_in_float64_with_one_thread_or_where_none_was_measured(mo
     linear.float()
     torch.set_num_threads(1)
     assert not is_convolution(linear(x))
-    torch.set_num_threads(2)
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not is_convolution(linear(x))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "vectors", "convolves"),
+    [
+        ("AMD EPYC", "AVX512", True),
+        ("AMD EPYC", "AVX2", False),
+        ("Intel Xeon", "AVX512", False),
+        (None, "AVX512", False),
+    ],
+)
+def test_convolutions_only_on_processors_where_they_were_faster(monkeypatch, request, threads, cpu, vectors, convolves):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu} if cpu else {}, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    request.addfinalizer(products._measured.cache_clear)
+    products._measured.cache_clear()
+    rows, inputs, outputs = WIDE[torch.float32]
+    assert is_convolution(Linear(inputs, outputs)(torch.randn(rows, inputs))) == convolves
 
 
 def test_compiled_code_multiplies_as_the_compiler_wants(always):
