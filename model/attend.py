@@ -9,6 +9,8 @@
 | tiles                | windows, sinks, fewer KV heads, any device; work in proportion to the window;|
 |                      | and what shapes the scores: soft-caps, ALiBi, learned sinks; on a CPU chunks |
 |                      | over a cache too, where all rows have come equally far                       |
+| tiles-fused          | the same in bfloat16 with AMX, unshaped: the forward of each tile through    |
+|                      | torch's fused attention                                                      |
 | flex                 | windows and sinks on CUDA, fused                                             |
 | masked               | any positions: small chunks over a cache, padding; any pattern; a mask of    |
 |                      | bounded size, and no work saved                                              |
@@ -32,6 +34,7 @@ from model.kernels.flex import block_mask, flex
 from model.kernels.scores import Shape, masked_scores, one_query
 from model.kernels.tiles import block_size, tiles
 from model.positions import alibi_slopes
+from model.processor import has_amx
 from model.step import Step
 from model.visible import visible
 
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 Kernel = Literal["auto", "sdpa", "tiles", "flex", "masked"]
 
 MASK_ELEMENTS = 1 << 22  # the largest piece of a mask, or of scores, that exists at a time
-FEWEST = 32  # queries over a cache for which tiles are faster than a mask
+FEWEST = 32  # queries for which tiles are faster than a mask, over a cache, or with AMX than the fused kernel
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -64,7 +67,7 @@ def kernel_name(
     shaped = spec.shapes_scores
     masked = "masked-scores" if shaped else "masked"
     if not contiguous:
-        return "tiles" if in_order and _tiles_serve(spec, T, device, dtype) else masked
+        return _tiles(spec, device, dtype) if in_order and _tiles_serve(spec, T, device, dtype) else masked
     slides = spec.window is not None and spec.window < T
     asked = spec.kernel
     if spec.sparse is not None:
@@ -84,8 +87,12 @@ def kernel_name(
     elif asked == "auto":
         if slides:
             asked = "flex" if device.type == "cuda" else "tiles"
-        else:  # on a CPU the fused kernel multiplies bfloat16 no faster than float32
-            asked = "tiles" if device.type == "cpu" and dtype == torch.bfloat16 and T >= 128 else "sdpa"
+        elif device.type == "cpu" and dtype == torch.bfloat16:  # which the fused kernel's backward multiplies slowly
+            asked = "tiles" if T >= FEWEST and (T >= 128 or has_amx()) else "sdpa"
+        else:
+            asked = "sdpa"
+    if asked == "tiles":
+        return _tiles(spec, device, dtype)
     if asked != "sdpa":
         return masked if asked == "masked" else asked
     if spec.n_kv_head == spec.n_head:
@@ -124,19 +131,25 @@ def attend(
             return _masked_scores(q, k, v, q_pos, k_pos, spec, sink_logit, context)
         case "one-query":
             return one_query(q, k, v, *_seen(q_pos, k_pos, spec, context), _shape(spec, q, sink_logit))
-        case "tiles":
+        case "tiles" | "tiles-fused" as kernel:
             window = T if spec.window is None else min(spec.window, T)
             block, slopes = block_size(window, q.dtype), _slopes(spec, q)
             if not contiguous:  # no more scores than of a mask, however long the text is
                 row = q.shape[1] // k.shape[1] * min(T, window + block)
                 block = min(block, max(FEWEST, 1 << (MASK_ELEMENTS // row).bit_length() - 1))
-            return tiles(q, k, v, window, spec.n_sink, block, spec.scale, spec.softcap, slopes, sink_logit)
+            shape = (spec.scale, spec.softcap, slopes, sink_logit)
+            return tiles(q, k, v, window, spec.n_sink, block, *shape, kernel == "tiles-fused")
         case "flex":
             return flex(q, k, v, (shared or {})[_mask_key(spec)], spec.scale)
         case "sdpa-causal-expanded":
             k, v = (x.repeat_interleave(spec.n_head // spec.n_kv_head, dim=1) for x in (k, v))  # (B, H, T, D)
     gqa = k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=gqa)
+
+
+def _tiles(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str:
+    fuses = device.type == "cpu" and dtype == torch.bfloat16 and not spec.shapes_scores and has_amx()
+    return "tiles-fused" if fuses else "tiles"
 
 
 def _tiles_serve(spec: AttentionSpec, T: int, device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import UserError
+from model.processor import multiplies_bf16
 from model.products import times
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -95,8 +96,7 @@ def _dtype(device: torch.device, asked: DType) -> tuple[torch.dtype, str]:
 def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    features: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(on for name, on in features.items() if name.endswith("bf16"))
+    return multiplies_bf16()
 
 
 def _compile(device: torch.device, asked: Switch, flops: float) -> tuple[bool, str]:

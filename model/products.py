@@ -6,13 +6,14 @@ are otherwise MKL's, which serves some makers' processors badly (docs/experiment
 Dimensions: N rows, I inputs, O outputs.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from model.processor import convolves
 
 LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}  # rows, multiplications: measured
 LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # for their gradients
@@ -64,14 +65,7 @@ def _convolve(rows: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int
     if not rows.is_cpu or rows.dtype not in sizes or torch.compiler.is_compiling():
         return False
     least_rows, least = sizes[rows.dtype]
-    return len(rows) >= least_rows and rows.numel() * others >= least and torch.get_num_threads() > 1 and _measured()
-
-
-@cache
-def _measured() -> bool:
-    """Elsewhere the products stay what they are: on an Intel Xeon with AMX they are the faster ones."""
-    maker = str(getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name"))
-    return maker.startswith("AMD") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return len(rows) >= least_rows and rows.numel() * others >= least and torch.get_num_threads() > 1 and convolves()
 
 
 def _image(rows: Tensor) -> Tensor:

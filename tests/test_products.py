@@ -28,13 +28,13 @@ def always(monkeypatch, threads):
     """However small the product, whatever the machine."""
     for sizes in ("LEAST", "LEAST_OF_WEIGHTS"):
         monkeypatch.setattr(products, sizes, dict.fromkeys(NEAR, (1, 1)))
-    monkeypatch.setattr(products, "_measured", lambda: True)
+    monkeypatch.setattr(products, "convolves", lambda: True)
 
 
 @pytest.fixture
 def here(monkeypatch, threads):
     """As large as ever, on a machine like those that were measured."""
-    monkeypatch.setattr(products, "_measured", lambda: True)
+    monkeypatch.setattr(products, "convolves", lambda: True)
 
 
 def is_convolution(y: torch.Tensor) -> bool:
@@ -113,7 +113,7 @@ def test_a_network_learns_the_same_with_convolutions(monkeypatch, always, dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits = model(idx[:, :-1]).float()
     assert_equal(found[0], cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()), NEAR[dtype])
-    monkeypatch.setattr(products, "_measured", lambda: False)
+    monkeypatch.setattr(products, "convolves", lambda: False)
     for ours, expected in zip(found, loss_and_gradients(), strict=True):
         assert_equal(ours, expected, NEAR[dtype])
 
@@ -158,11 +158,9 @@ def test_no_convolution_in_float64_or_with_one_thread(here):
         (None, "AVX512", False),
     ],
 )
-def test_convolutions_only_on_processors_where_they_were_faster(monkeypatch, request, threads, cpu, vectors, convolves):
+def test_convolutions_only_on_processors_where_they_were_faster(monkeypatch, threads, cpu, vectors, convolves):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu} if cpu else {}, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
-    request.addfinalizer(products._measured.cache_clear)
-    products._measured.cache_clear()
     rows, inputs, outputs = WIDE[torch.float32]
     assert is_convolution(Linear(inputs, outputs)(torch.randn(rows, inputs))) == convolves
 

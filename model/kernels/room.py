@@ -5,6 +5,7 @@ one, L keys of the band, N = B K.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,6 @@ class Room:
     def __init__(self, like: Tensor):
         self.like = like
         self.packs = like.element_size() < 4  # a CPU multiplies half types in one piece, and would copy at each product
-        self.free = ["sums 1", "sums 2", "sums 3"]  # where sums of keys are not
         self._flat: dict[str, Tensor] = {}
         self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}
 
@@ -96,40 +96,54 @@ class Room:
 
 
 class KeySums:
-    """Sums over tiles in float32: of a half type, no more of them is kept than later tiles still add to."""
+    """Sums over tiles in float32. Of a half type only the keys that later tiles still add to have one, in a ring:
+    those that a tile is done with leave their places to the next one's new keys."""
 
-    def __init__(self, out: Tensor, n_sink: int, room: Room):
-        self.out, self.room, self.name = out, room, room.free.pop()  # (B, K, T, D)
-        self.dtype = torch.promote_types(out.dtype, torch.float32)
-        self.open = out.new_empty(*out.shape[:2], 0, out.shape[3], dtype=self.dtype)  # of the keys before the last tile
-        self.sinks = out.new_zeros(*out.shape[:2], min(n_sink, out.shape[2]), out.shape[3], dtype=self.dtype)
+    def __init__(self, name: str, out: Tensor, n_open: int, n_sink: int, room: Room):
+        self.out, self.low = out, out.shape[2]  # (B, K, T, D); from key `low` on there are sums
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        self.exact = out.dtype == dtype
+        self.sums = out if self.exact else room.take(name, *out.shape[:2], n_open, out.shape[3], dtype=dtype)
+        self.sinks = out.new_zeros(*out.shape[:2], min(n_sink, out.shape[2]), out.shape[3], dtype=dtype)
 
     def add(self, tile: Tile, x: Tensor) -> None:
         """x (N, S + L, D) to the keys of the tile."""
         x = x.unflatten(0, self.out.shape[:2])
         if tile.n_sink:
             self.sinks[:, :, : tile.n_sink] += x[:, :, tile.learned : tile.n_before]
-        band, n_old = x[:, :, tile.n_before : tile.n_before + tile.stop - tile.low], self.open.shape[2]
-        n_new = band.shape[2] - n_old  # keys that no tile has added to
-        if self.out.dtype == self.dtype:
-            self.out[:, :, tile.low : tile.low + n_new].copy_(band[:, :, :n_new])
-            self.out[:, :, tile.low + n_new : tile.stop].add_(band[:, :, n_new:])
-            self.open = self.out[:, :, tile.low : tile.start]
-        else:
-            spare = self.room.free.pop()
-            sums = self.room.take(spare, *band.shape, dtype=self.dtype)
-            self.room.free.append(self.name)
-            self.name = spare
-            sums.copy_(band)
-            if n_old:
-                sums[:, :, n_new:].add_(self.open)
-            self.open, done = sums.split((tile.start - tile.low, tile.stop - tile.start), dim=2)
-            self.out[:, :, tile.start : tile.stop].copy_(done)  # no later tile reaches them
+        done = max(self.low, tile.start)  # no later tile reaches keys from start on
+        for start, stop in ((self.low, done), (done, tile.stop)):  # in turn: what is added exists in float32 meanwhile
+            for sums, keys in self._places(start, stop):
+                sums += self._of(tile, x, keys)
+        if not self.exact:
+            self._keep(done, tile.stop)
+            if tile.start < done:
+                keys = slice(tile.start, done)
+                self.out[:, :, keys].copy_(self._of(tile, x, keys))
+        for sums, keys in self._places(tile.low, self.low if self.exact else min(self.low, tile.start)):
+            sums.copy_(self._of(tile, x, keys))
         self.low = tile.low
 
-    def finish(self) -> None:
+    def finish(self, first: int) -> None:
         """Keep the sums of keys before the first query, and add what the sinks received beside the band."""
-        if self.open.shape[2] and self.out.dtype != self.dtype:
-            self.out[:, :, self.low : self.low + self.open.shape[2]].copy_(self.open)
+        if not self.exact:
+            self._keep(self.low, first)
         self.out[:, :, : self.sinks.shape[2]] += self.sinks
-        self.room.free.append(self.name)
+
+    def _keep(self, start: int, stop: int) -> None:
+        for sums, keys in self._places(start, stop):
+            self.out[:, :, keys].copy_(sums)
+
+    def _places(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+        """Where the sums of these keys are: in a ring they may go on at its beginning."""
+        size = self.sums.shape[2]
+        while start < stop:
+            at = start % size
+            n = min(stop - start, size - at)
+            yield self.sums[:, :, at : at + n], slice(start, start + n)
+            start += n
+
+    @staticmethod
+    def _of(tile: Tile, x: Tensor, keys: slice) -> Tensor:
+        before = tile.n_before - tile.low
+        return x[:, :, keys.start + before : keys.stop + before]

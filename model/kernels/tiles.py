@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels.fused import fused_forward, fused_work_bytes
 from model.kernels.room import KeySums, Room, Tile
 from model.visible import sees
 
@@ -39,15 +40,18 @@ def tiles(
     softcap: float | None = None,
     slopes: Tensor | None = None,
     sink_logit: Tensor | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D): each query over its last `window` keys and the first n_sink.
 
     Queries stand at the last Tq keys: all of them in training, those of a chunk over a cache.
 
     Scores are products times scale (none: 1 / sqrt(D)), capped, less slopes (H,) times the distance; sink_logit (H,)
-    joins the softmax's denominator.
+    joins the softmax's denominator. fused: the forward goes through torch's fused attention, which knows none of those.
     """
-    tiling = _Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
+    tiling = Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit, fused)
+    if tiling.fused:
+        return fused_forward(tiling, q, k, v)
     out, room = torch.empty_like(q), Room(q)
     for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
         for tile in tiling:
@@ -73,13 +77,13 @@ def tiles_backward(
     sink_logit: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sink_logit; probabilities are computed again, a tile at a time (the idea of 2205.14135)."""
-    tiling = _Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
+    tiling = Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
     dq, dk, dv = (torch.empty_like(x) if tiling.first == 0 else torch.zeros_like(x) for x in (q, k, v))
     dsink = q.new_zeros(0) if sink_logit is None else torch.zeros_like(sink_logit)
     per_head, room = [slopes, sink_logit, None if sink_logit is None else dsink], Room(q)
     for (dq_, grad_, q_), (dk_, dv_, k_, v_), heads in tiling.parts([dq, grad, q], [dk, dv, k, v], per_head):
         *heads, dsink_ = heads
-        sum_k, sum_v = KeySums(dk_, n_sink, room), KeySums(dv_, n_sink, room)
+        sum_k, sum_v = (KeySums(name, x, tiling.n_open, n_sink, room) for name, x in (("sums k", dk_), ("sums v", dv_)))
         for tile in tiling:
             rows, dout = room.queries("q", tile, q_, tiling.scale), room.queries("dout", tile, grad_)  # (N, R b, D)
             keys = room.keys("keys", tile, k_)
@@ -95,13 +99,13 @@ def tiles_backward(
                 ds *= slope
             sum_k.add(tile, room.product("values", ds.mT, rows))
             room.put(dq_, tile, room.product("q", ds, keys), tiling.scale)
-        sum_k.finish()
-        sum_v.finish()
+        sum_k.finish(tiling.first)
+        sum_v.finish(tiling.first)
     return dq, dk, dv, dsink
 
 
 @dataclass(slots=True)
-class _Tiling:
+class Tiling:
     """How the T x T square is cut into tiles, and what becomes of a tile's products."""
 
     T: int
@@ -112,6 +116,7 @@ class _Tiling:
     scale: float
     softcap: float | None
     learned: bool
+    fused: bool
     _masks: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # the last ones
 
     @classmethod
@@ -126,11 +131,12 @@ class _Tiling:
         softcap: float | None = None,
         _slopes: Tensor | None = None,
         sink_logit: Tensor | None = None,
-    ) -> "_Tiling":
+        fused: bool = False,
+    ) -> "Tiling":
         """As the operators are called."""
         T, D = k.shape[2:]
         scale, learned = D**-0.5 if scale is None else scale, sink_logit is not None
-        return cls(T, T - q.shape[2], window, n_sink, block, scale, softcap, learned)
+        return cls(T, T - q.shape[2], window, n_sink, block, scale, softcap, learned, fused)
 
     def __iter__(self) -> Iterator[Tile]:
         """Last queries first: a key is done with the tile whose queries stand where it does."""
@@ -170,6 +176,11 @@ class _Tiling:
     def keys_of_tile(self) -> int:
         return min(self.T, self.window + self.block + self.n_sink) + self.learned
 
+    @property
+    def n_open(self) -> int:
+        """The most keys that a tile leaves to later ones."""
+        return max(tile.start - tile.low for tile in self)
+
     def scores(self, rows: Tensor, keys: Tensor, room: Room) -> Tensor:
         """(N, R b, S + L): products, capped."""
         scores = room.product("scores", rows, keys.mT)
@@ -188,7 +199,7 @@ class _Tiling:
         if slopes is not None:
             tile.by_head(scores, slopes).addcmul_(slopes[:, :, None, None], tile.distances(scores), value=-1)
         square = scores.unflatten(1, (-1, tile.stop - tile.start))  # (N, R, b, S + L), a view
-        newest, oldest = self._edges(tile, scores)
+        newest, oldest = self.edges(tile, scores)
         own = tile.n_before + tile.start - tile.low
         square[..., own : own + len(newest)].add_(newest)
         if tile.end > tile.stop:
@@ -199,7 +210,7 @@ class _Tiling:
             tile.by_head(scores[..., 0], sink_logit)[:] = sink_logit[:, :, None]
         return torch.softmax(scores, dim=-1, out=room.take("p", *scores.shape))
 
-    def _edges(self, tile: Tile, like: Tensor) -> list[Tensor]:
+    def edges(self, tile: Tile, like: Tensor) -> list[Tensor]:
         """Additive masks of the columns that some query of the tile does not see: its own block, and the oldest."""
         n_old = max(0, tile.stop - self.window - tile.low)
         key = (tile.stop - tile.start, n_old, max(0, self.n_sink - tile.low))
@@ -228,14 +239,16 @@ def _softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
 def block_size(window: int, dtype: torch.dtype) -> int:
     """What measured fastest among those that need no more memory than fused full attention: wide ones waste pairs."""
     if dtype in (torch.bfloat16, torch.float16):
-        return min(256, max(64, window // 4 // ALIGN * ALIGN))
+        return min(256, max(96, window // 4 // ALIGN * ALIGN))
     return 64
 
 
 def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
     """What a call holds beside its arguments and results, of shapes alone; `numbers` follow v among them."""
     (B, H, _, D), K = q.shape, k.shape[1]
-    tiling = _Tiling.of(q, k, *numbers)
+    tiling = Tiling.of(q, k, *numbers)
+    if tiling.fused:
+        return fused_work_bytes(tiling, q, k)
     rows, heads = tiling.part(B, K, H // K, q.element_size())
     largest = max((tile.stop - tile.start) * (tile.n_before + tile.stop - tile.low) for tile in tiling)
     scores = rows * heads * (H // K) * largest * q.element_size()
@@ -244,19 +257,19 @@ def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
     half = q.element_size() < 4
     if not backward:
         return 2 * scores + half * keys + queries
-    sums = 3 * keys * 4 // q.element_size() if half else 0
+    sums = 2 * rows * heads * tiling.n_open * D * 4 if half else 0
     return (2 + (tiling.softcap is not None)) * scores + (1 + half) * (keys + queries) + sums
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    q, k, v, *ctx.numbers, slopes, sink_logit = inputs
+    q, k, v, *ctx.numbers, slopes, sink_logit, _ = inputs
     ctx.save_for_backward(q, k, v, slopes, sink_logit)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, slopes, sink_logit = ctx.saved_tensors
     *dqkv, dsink = tiles_backward(grad, q, k, v, *ctx.numbers, slopes, sink_logit)
-    return *dqkv, *[None] * len(ctx.numbers), None, None if sink_logit is None else dsink
+    return *dqkv, *[None] * len(ctx.numbers), None, None if sink_logit is None else dsink, None
 
 
 tiles.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,23 @@
+"""What this processor has, where that decides which of several ways was measured to be the faster one."""
+
+import torch
+
+
+def features() -> dict[str, object]:
+    """By torch's names; none where torch cannot tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def has_amx() -> bool:
+    """Whether it multiplies matrices of bfloat16 in tiles of its own, which not all of torch's kernels use."""
+    return bool(features().get("amx_bf16"))
+
+
+def multiplies_bf16() -> bool:
+    return any(on for name, on in features().items() if name.endswith("bf16"))
+
+
+def convolves() -> bool:
+    """Whether products with weights are faster as convolutions: on AMD's with AVX-512, and not with Intel's AMX."""
+    maker = str(features().get("cpu_name"))
+    return maker.startswith("AMD") and torch.backends.cpu.get_cpu_capability() == "AVX512"
