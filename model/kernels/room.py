@@ -55,11 +55,10 @@ class Room:
         views = self._views.setdefault(name, {})
         if shape not in views:
             n = math.prod(shape)
-            if name not in self._flat or self._flat[name].numel() < n:
-                views.clear()
-                self._flat.pop(name, None)  # before the larger one is there
-                self._flat[name] = self.like.new_empty(n, dtype=dtype)
-            views[shape] = self._flat[name][:n].view(shape)
+            flat = self._flat.setdefault(name, self.like.new_empty(0, dtype=dtype))
+            if flat.numel() < n:
+                flat.resize_(n)  # with the views of it, so that whoever still has one does not keep the smaller memory
+            views[shape] = flat[:n].view(shape)
         return views[shape]
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
