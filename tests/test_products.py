@@ -1,11 +1,14 @@
 """Products by convolution: equal to nn.Linear, in a network too, and taken only where they were measured faster."""
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import assert_equal, random_tokens
 from networks import SMALL, tiny_model
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import products
 from model.config import ModelConfig
@@ -56,7 +59,9 @@ def outputs_and_gradients(linear: nn.Linear, x: torch.Tensor, grad: torch.Tensor
 
 @pytest.mark.parametrize("dtype", NEAR)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("shape", "outputs"), [((1, 1), 1), ((7, 5), 3), ((2, 9, 16), 32), ((3, 1, 33), 65)])
+@pytest.mark.parametrize(
+    ("shape", "outputs"), [((1, 1), 1), ((6,), 4), ((7, 5), 3), ((2, 9, 16), 32), ((3, 1, 33), 65)]
+)
 def test_convolutions_equal_nn_linear(always, dtype, bias, shape, outputs):
     linear = Linear(shape[-1], outputs, bias=bias, dtype=dtype)
     x, grad = torch.randn(shape, dtype=dtype), torch.randn(*shape[:-1], outputs, dtype=dtype)
@@ -126,6 +131,44 @@ def test_a_convolution_is_taken_from_the_sizes_where_it_is_faster(here, dtype):
     assert is_convolution(linear(x))
     assert not is_convolution(narrow(x))
     assert not is_convolution(wide(x[1:]))
+
+
+class Seen(TorchDispatchMode):
+    """Counts the products that reach torch's kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (name := func.overloadpacket.__name__) in ("mm", "convolution"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "expected"),
+    [
+        (torch.float32, 64, {"convolution": 3}),
+        (torch.float32, 63, {"mm": 3}),
+        (torch.bfloat16, 2048, {"convolution": 3}),
+        (torch.bfloat16, 2047, {"convolution": 2, "mm": 1}),
+        (torch.bfloat16, 1023, {"mm": 3}),
+    ],
+)
+def test_gradients_are_convolutions_from_sizes_of_their_own(here, dtype, rows, expected):
+    linear, x = Linear(512, 1024, bias=False, dtype=dtype), torch.randn(rows, 512, dtype=dtype, requires_grad=True)
+    with Seen() as seen:
+        linear(x).backward(torch.ones(rows, linear.out_features, dtype=dtype))
+    assert seen.counts == expected
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "convolution"), (torch.bfloat16, "mm")])
+def test_a_part_of_the_columns_is_copied_only_where_that_pays(here, dtype, kind):
+    grad, x = torch.randn(2048, 2048, dtype=dtype)[:, :1024], torch.randn(2048, 512, dtype=dtype)
+    with Seen() as seen:
+        transposed_times(grad, x)
+    assert seen.counts == {kind: 1}
 
 
 def test_autocast_says_what_is_multiplied(here):
