@@ -73,8 +73,10 @@ def test_attention_names_the_kernel_of_every_figure(tmp_path, capsys):
     assert "exponent of time in T: full" in capsys.readouterr().out
 
 
-def test_training_is_measured_beside_its_peers(tmp_path, capsys):
+def test_training_is_measured_beside_its_peers(tmp_path, capsys, monkeypatch):
     (tmp_path / "tiny.toml").write_text(TOML)
+    rates = iter([8e9, 1e9])  # of the warm-up round, and of the one that counts
+    monkeypatch.setattr(train, "matmul_rate", lambda runtime, seconds: next(rates))
     file = tmp_path / "figures.json"
     peers = ("plain", "full", "sdpa")
     train.train(
@@ -82,6 +84,7 @@ def test_training_is_measured_beside_its_peers(tmp_path, capsys):
     )
     record = json.loads(file.read_text())
     assert record["options"]["peer"] == list(peers)
+    assert record["matmul_flops_per_s"] == 1e9
     assert "json" not in record["options"]
     rows = {row["name"]: row for row in record["rows"]}
     assert list(rows) == ["sash", *peers]
