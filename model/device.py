@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from model import processor
 from model.errors import UserError
-from model.processor import multiplies_bf16
 from model.products import times
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -60,7 +60,7 @@ def resolve(device: str = "auto", dtype: DType = "auto", compile: Switch = "auto
     chosen_compile, why_compile = _compile(kind, compile, flops)
     if chosen_compile:
         keep_compiled_code()
-    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else processor.name()
     why = (
         f"device {kind} ({name}{why_device}), dtype {str(chosen_dtype).removeprefix('torch.')} ({why_dtype}), "
         f"compile {'on' if chosen_compile else 'off'} ({why_compile})"
@@ -96,7 +96,7 @@ def _dtype(device: torch.device, asked: DType) -> tuple[torch.dtype, str]:
 def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return multiplies_bf16()
+    return processor.multiplies_bf16()
 
 
 def _compile(device: torch.device, asked: Switch, flops: float) -> tuple[bool, str]:

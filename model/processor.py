@@ -8,6 +8,12 @@ def features() -> dict[str, object]:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
+def name() -> str:
+    """As far as torch knows it, and the threads that it is used with."""
+    known, threads = features().get("cpu_name"), f"{torch.get_num_threads()} threads"
+    return f"{known}, {threads}" if known else threads
+
+
 def has_amx() -> bool:
     """Whether it multiplies matrices of bfloat16 in tiles of its own, which not all of torch's kernels use."""
     return bool(features().get("amx_bf16"))
@@ -19,5 +25,5 @@ def multiplies_bf16() -> bool:
 
 def convolves() -> bool:
     """Whether products with weights are faster as convolutions: on AMD's with AVX-512, and not with Intel's AMX."""
-    maker = str(features().get("cpu_name"))
-    return maker.startswith("AMD") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    amd = str(features().get("cpu_name")).startswith("AMD")
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()

@@ -147,10 +147,11 @@ def test_compiled_code_is_kept_for_later_runs_unless_a_place_is_given(hardware, 
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 
-def test_one_line_says_what_was_chosen_and_why(hardware):
-    hardware(cpu={"amx_bf16": True})
+@pytest.mark.parametrize(("cpu_name", "said"), [("Some Maker", "Some Maker, "), (None, "")])
+def test_one_line_says_what_was_chosen_and_why(hardware, cpu_name, said):
+    hardware(cpu={"amx_bf16": True, "cpu_name": cpu_name})
     assert resolve("cpu", flops=SHORT).why == (
-        f"device cpu ({torch.get_num_threads()} threads, as asked), dtype bfloat16 (multiplied natively here), "
+        f"device cpu ({said}{torch.get_num_threads()} threads, as asked), dtype bfloat16 (multiplied natively here), "
         "compile off (too short a job to pay for it)"
     )
 

@@ -50,7 +50,8 @@ def tiles(
     joins the softmax's denominator. fused: the forward goes through torch's fused attention, which knows none of those.
     """
     tiling = Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit, fused)
-    if tiling.fused:
+    if fused:
+        assert all(x is None for x in (softcap, slopes, sink_logit)), "torch's fused attention does not shape scores"
         return fused_forward(tiling, q, k, v)
     out, room = torch.empty_like(q), Room(q)
     for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
@@ -81,9 +82,10 @@ def tiles_backward(
     dq, dk, dv = (torch.empty_like(x) if tiling.first == 0 else torch.zeros_like(x) for x in (q, k, v))
     dsink = q.new_zeros(0) if sink_logit is None else torch.zeros_like(sink_logit)
     per_head, room = [slopes, sink_logit, None if sink_logit is None else dsink], Room(q)
+    n_open = tiling.n_open
     for (dq_, grad_, q_), (dk_, dv_, k_, v_), heads in tiling.parts([dq, grad, q], [dk, dv, k, v], per_head):
         *heads, dsink_ = heads
-        sum_k, sum_v = (KeySums(name, x, tiling.n_open, n_sink, room) for name, x in (("sums k", dk_), ("sums v", dv_)))
+        sum_k, sum_v = (KeySums(name, x, n_open, n_sink, room) for name, x in (("sums k", dk_), ("sums v", dv_)))
         for tile in tiling:
             rows, dout = room.queries("q", tile, q_, tiling.scale), room.queries("dout", tile, grad_)  # (N, R b, D)
             keys = room.keys("keys", tile, k_)
