@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 def fused_forward(tiling: Tiling, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D), laid out as q: a tile at a time, or all if none hides a key."""
-    out, R = torch.empty_like(q), q.shape[1] // k.shape[1]
+    R = q.shape[1] // k.shape[1]
     if tiling.window >= tiling.T == q.shape[2]:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=tiling.scale, enable_gqa=R > 1)
-        return y if y.stride() == out.stride() else out.copy_(y)
+        return y if y.stride() == torch.empty_like(q, device="meta").stride() else torch.empty_like(q).copy_(y)
+    out = torch.empty_like(q)
     mask, made_of = q.new_empty(0, 0), None
+    by_kv_head = [x.unflatten(1, (-1, R)) for x in (q, out)]
     for tile in tiling:
-        rows, place = (x.unflatten(1, (-1, R))[:, :, :, tile.rows] for x in (q, out))  # (B, K, R, b, D)
+        rows, place = (x[:, :, :, tile.rows] for x in by_kv_head)  # (B, K, R, b, D)
         keys, values, edges = _columns(tile, k), _columns(tile, v), tiling.edges(tile, q)
         if edges is not made_of or mask.shape[1] != keys.shape[2]:
             mask, made_of = _mask(tile, edges, keys.shape[2]).repeat(R, 1), edges
