@@ -253,6 +253,20 @@ def test_kernel_name_is_what_ran(sdpa_calls, monkeypatch, window, contiguous, n_
         assert ("expanded" in name) == (call["key_heads"] > n_kv_head)
 
 
+@pytest.mark.parametrize(("window", "n", "calls"), [(None, 200, 1), (3, 60, 1), (100, 200, 3)])
+@pytest.mark.parametrize("amx", [False, True])
+def test_fused_tiles_call_the_fused_kernel_in_the_forward_alone(sdpa_calls, monkeypatch, amx, window, n, calls):
+    monkeypatch.setattr(model.attend, "has_amx", lambda: amx)
+    spec = make_spec(window=window)
+    heads = (spec.n_head, spec.n_kv_head, spec.n_kv_head)
+    q, k, v = (torch.randn(1, h, n, 8, dtype=torch.bfloat16).requires_grad_() for h in heads)
+    pos = torch.arange(n)[None]
+    y = attend(q, k, v, pos, pos, spec, contiguous=True)
+    y.sum().backward()
+    assert kernel_name(spec, n, CPU, q.dtype) == ("tiles-fused" if amx else "tiles")
+    assert len(sdpa_calls) == calls * amx
+
+
 @pytest.mark.parametrize(("window", "contiguous"), [(3, True), (None, False), (T - 1, True)])
 def test_causal_kernel_takes_only_whole_sequences(window, contiguous):
     assert "causal" not in kernel_name(make_spec(window=window), T, CPU, torch.float32, contiguous=contiguous)
