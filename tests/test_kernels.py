@@ -11,10 +11,11 @@ import model.attend
 import model.kernels.tiles
 from model.attend import attend, kernel_name
 from model.kernels.flex import block_mask
-from model.kernels.tiles import tiles
+from model.kernels.tiles import tiles, work_bytes
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 from model.positions import alibi_slopes
+from model.processor import has_amx
 from model.visible import visible
 
 B, H, K, D = 2, 6, 2, 4
@@ -99,6 +100,15 @@ def test_tiles_of_a_chunk_over_a_cache_equal_the_masked_form(dtype, window, n_si
         results.append(outputs(y, [q, k, v, *sink], grad[:, :, first:].to(q.dtype)))
     for actual, expected in zip(*results, strict=True):
         assert (actual.double() - expected).norm() <= near * expected.norm() + 1e-6 * near
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_last_tile_of_another_length_has_a_mask_of_its_own(fused):
+    """Of 32 queries after tiles of 33: as many keys as the tile before it."""
+    inputs, grad = make_qkv(131, dtype=torch.bfloat16)
+    ours = outputs(tiles(*inputs, 30, 0, 33, fused=fused), inputs, grad)
+    for actual, expected in zip(ours, judged(inputs, grad, make_spec(window=30)), strict=True):
+        assert (actual.double() - expected).norm() <= 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("window", [1000, 1100, 1500])
@@ -201,6 +211,7 @@ def test_tiles_are_one_operator_that_compilers_understand():
         for window in (6, 20):
             fused = (q, *half[1:], window, 0, 8, None, None, None, None, True)
             torch.library.opcheck(torch.ops.sash.tiles.default, fused, atol=0.05, rtol=0.05)
+            assert tiles(*fused).stride() == q.stride()  # which opcheck does not compare
     slopes, sink = torch.rand(H).double(), torch.rand(H).double().requires_grad_()
     torch.library.opcheck(torch.ops.sash.tiles.default, (*inputs, 6, 2, 8, 0.3, 2.0, slopes, sink))
 
@@ -214,6 +225,41 @@ def test_tiles_memory_grows_with_the_text_and_not_with_its_square():
         return found.bytes
 
     assert peak(4096) < 2.2 * peak(2048)
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.skipif(not has_amx(), reason="no AMX"))])
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "T", "n", "window", "n_sink", "block"),
+    [
+        (1, 8, 8, 2048, 2048, 256, 0, 96),
+        (1, 8, 2, 2048, 2048, 256, 4, 96),
+        (1, 12, 12, 4096, 4096, 512, 0, 128),
+        (2, 12, 12, 1024, 1024, 1024, 0, 256),
+        (2, 12, 4, 1024, 1024, 1024, 0, 256),
+        (1, 12, 2, 4096, 4096, 1024, 4, 256),
+        (1, 4, 4, 4000, 256, 4000, 4, 64),
+    ],
+)
+def test_a_forward_holds_what_it_is_said_to(rows, heads, kv_heads, T, n, window, n_sink, block, fused):
+    q, k, v = (torch.randn(rows, t, h, 64).bfloat16().transpose(1, 2) for t, h in ((n, heads), *[(T, kv_heads)] * 2))
+    numbers = (window, n_sink, block, None, None, None, None, fused)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with measure_peak(torch.device("cpu")) as found:
+            out = tiles(q, k, v, *numbers)
+        said = work_bytes(q, k, *numbers, backward=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert found.bytes is not None
+    assert said == pytest.approx(found.bytes - out.nbytes, rel=0.2)  # oneDNN takes some for itself
+
+
+@pytest.mark.parametrize("numbers", [(None, 2.0), (None, None, torch.ones(H)), (None, None, None, torch.ones(H))])
+def test_fused_tiles_refuse_to_shape_scores(numbers):
+    inputs, _ = make_qkv(9)
+    with pytest.raises(AssertionError, match="does not shape scores"):
+        tiles(*inputs, 4, 0, 8, *numbers, *[None] * (4 - len(numbers)), fused=True)
 
 
 @pytest.mark.parametrize("T", [2048, 4096])

@@ -193,17 +193,19 @@ def test_no_convolution_in_float64_or_with_one_thread(here):
 
 
 @pytest.mark.parametrize(
-    ("cpu", "vectors", "convolves"),
+    ("cpu", "vectors", "onednn", "convolves"),
     [
-        ("AMD EPYC", "AVX512", True),
-        ("AMD EPYC", "AVX2", False),
-        ("Intel Xeon", "AVX512", False),
-        (None, "AVX512", False),
+        ("AMD EPYC", "AVX512", True, True),
+        ("AMD EPYC", "AVX512", False, False),
+        ("AMD EPYC", "AVX2", True, False),
+        ("Intel Xeon", "AVX512", True, False),
+        (None, "AVX512", True, False),
     ],
 )
-def test_convolutions_only_on_processors_where_they_were_faster(monkeypatch, threads, cpu, vectors, convolves):
+def test_convolutions_only_where_they_were_faster(monkeypatch, threads, cpu, vectors, onednn, convolves):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu} if cpu else {}, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     rows, inputs, outputs = WIDE[torch.float32]
     assert is_convolution(Linear(inputs, outputs)(torch.randn(rows, inputs))) == convolves
 

@@ -252,7 +252,7 @@ def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
     if tiling.fused:
         return fused_work_bytes(tiling, q, k)
     rows, heads = tiling.part(B, K, H // K, q.element_size())
-    largest = max((tile.stop - tile.start) * (tile.n_before + tile.stop - tile.low) for tile in tiling)
+    largest = max((tile.stop - tile.start) * (tile.n_before + tile.end - tile.low) for tile in tiling)
     scores = rows * heads * (H // K) * largest * q.element_size()
     keys = rows * heads * tiling.keys_of_tile * D * q.element_size()
     queries = rows * heads * (H // K) * tiling.block * D * q.element_size()
