@@ -132,9 +132,10 @@ def _keep_memory() -> None:
 
 
 def keep_compiled_code() -> None:
-    """What compilers make serves later runs too; torch would keep it where temporary files are."""
+    """What compilers make serves later runs on such a processor; torch would keep it where temporary files are."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "sash", "inductor"))
+    place = os.path.join(cache, "sash", "inductor", processor.fingerprint())
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", place)
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """What this processor has, where that decides which of several ways was measured to be the faster one."""
 
+import zlib
+
 import torch
 
 
@@ -14,9 +16,14 @@ def name() -> str:
     return f"{known}, {threads}" if known else threads
 
 
+def fingerprint() -> str:
+    """A name that processors share only if they run each other's compiled code."""
+    return f"{_vectors()}-{zlib.crc32(repr(sorted(features().items())).encode()):08x}".lower()
+
+
 def has_amx() -> bool:
     """Whether it multiplies matrices of bfloat16 in tiles of its own, which not all of torch's kernels use."""
-    return bool(features().get("amx_bf16"))
+    return bool(features().get("amx_bf16")) and _vectors() == "AVX512"
 
 
 def multiplies_bf16() -> bool:
@@ -26,4 +33,9 @@ def multiplies_bf16() -> bool:
 def convolves() -> bool:
     """Whether products with weights are faster as convolutions: on AMD's with AVX-512, and not with Intel's AMX."""
     amd = str(features().get("cpu_name")).startswith("AMD")
-    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    return amd and _vectors() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+def _vectors() -> str:
+    """What torch's kernels use: less than there is where ATEN_CPU_CAPABILITY says so."""
+    return torch.backends.cpu.get_cpu_capability()

@@ -25,6 +25,7 @@ from data.tokenizer import make_tokenizer
 from model.cache import Cache
 from model.config import ModelConfig
 from model.cost import cache_bytes
+from model.device import keep_compiled_code
 from model.gpt import GPT
 from model.memory import PeakMemory
 from model.optim import Optimizers
@@ -32,6 +33,7 @@ from model.optim import Optimizers
 pytest_plugins = ["studies", "evaluated", "planted", "training", "exported"]  # what only some of the tests share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+keep_compiled_code()  # before anything imports torch's compiler, which would settle on a place of its own
 torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where the machine is busy
 settings.register_profile("sash", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.register_profile("long", settings.get_profile("sash"), derandomize=False, max_examples=500)

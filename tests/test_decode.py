@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from networks import by_kind, designs, tiny_config, tiny_model
 from torch import Tensor
 
-from model import decode
+from model import decode, processor
 from model.gpt import GPT
 from model.kernels.sums import with_sums
 from model.mixers import MIXERS
@@ -167,4 +167,4 @@ def test_compiled_steps_are_kept_where_later_runs_find_them(monkeypatch, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     decode.compiled.__wrapped__(fused)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "sash" / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "sash" / "inductor" / processor.fingerprint())

@@ -12,7 +12,7 @@ import torch
 from conftest import run_program
 from networks import tiny_config, tiny_model
 
-from model import device
+from model import device, processor
 from model.device import COMPILE_FROM_FLOPS, compile_blocks, matmul_rate, resolve
 from model.errors import UserError
 
@@ -141,10 +141,23 @@ def test_compiled_code_is_kept_for_later_runs_unless_a_place_is_given(hardware, 
     resolve(compile="off")
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     resolve(compile="on")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "sash" / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "sash" / "inductor" / processor.fingerprint())
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     resolve(compile="on")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_compiled_code_is_kept_apart_for_processors_that_differ(monkeypatch):
+    """Code for AVX-512 gave wrong numbers where torch's kernels were those of AVX2, and would end on a lesser CPU."""
+    seen = set()
+    for vectors in ("AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda vectors=vectors: vectors)
+        for features in ({"amx_bf16": True, "cpu_name": "x"}, {"amx_bf16": False, "cpu_name": "x"}, {}):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=features: found, raising=False)
+            assert processor.has_amx() == (vectors == "AVX512" and features.get("amx_bf16", False))
+            assert processor.fingerprint() == processor.fingerprint()
+            seen.add(processor.fingerprint())
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(("cpu_name", "said"), [("Some Maker", "Some Maker, "), (None, "")])
