@@ -1,7 +1,8 @@
-"""Matrix products with weights, which a CPU does as convolutions with 1 x 1 kernels where that is faster.
+"""Matrix products with weights, on a CPU in the way that was measured to be the faster one (docs/experiments.md).
 
-Measured on an AMD EPYC with AVX512-BF16 alone (docs/experiments.md): oneDNN lays the weights out once for a
-convolution, and float32 products are otherwise MKL's. On an Intel Xeon with AMX convolutions are the slower ones.
+On an AMD EPYC with AVX512-BF16 as convolutions with 1 x 1 kernels: oneDNN lays the weights out once for them, and
+float32 products are otherwise MKL's. On an Intel Xeon with AMX those are the slower ones; there it is gradients of
+weights that pay, if what is transposed in them is laid out anew.
 
 Dimensions: N rows, I inputs, O outputs.
 """
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.processor import convolves
+from model.processor import convolves, has_amx
 
 LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}  # rows, multiplications: measured
 LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # for their gradients
+LEAST_LAID_OUT = 1 << 20  # weights from which on gradients are made of a transposed copy
 
 
 class Linear(nn.Linear):
@@ -24,10 +26,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_product_dtype(x)
-        if not _convolve(x, self.out_features, LEAST):
+        if not (_convolve(x, self.out_features, LEAST) or _lay_out(x, self.out_features)):
             return F.linear(x, self.weight, self.bias)
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-        return _Convolved.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
 
 def to_product_dtype(x: Tensor) -> Tensor:
@@ -53,6 +55,8 @@ def times(grad: Tensor, weight: Tensor) -> Tensor:
 
 def transposed_times(grad: Tensor, x: Tensor) -> Tensor:
     """(N, O) transposed times (N, I) -> (O, I): the gradient of what times_transposed multiplied by."""
+    if _lay_out(grad, x.shape[1]):
+        return _transposed(grad) @ x
     copied = not grad.is_contiguous()  # as columns of a wider matrix are; in bfloat16 that takes what would be saved
     if (copied and grad.dtype == torch.bfloat16) or not _convolve(grad, x.shape[1], LEAST_OF_WEIGHTS):
         return grad.T @ x
@@ -68,6 +72,21 @@ def _convolve(x: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int]])
     return n * others >= least and n >= least_rows * x.shape[-1] and torch.get_num_threads() > 1 and convolves()
 
 
+def _lay_out(x: Tensor, others: int) -> bool:
+    """Whether the gradient of weights between C and `others`, of (..., C), is made faster of a transposed copy."""
+    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.bfloat16:
+        return False
+    return x.shape[-1] * others >= LEAST_LAID_OUT and has_amx()
+
+
+def _transposed(rows: Tensor) -> Tensor:
+    """(N, C) -> (C, N), laid out anew, a few rows at a time: torch's own copy takes four times as long."""
+    out = rows.new_empty(rows.shape[1], len(rows))
+    for few, place in zip(rows.split(64), out.split(64, dim=1), strict=True):
+        place.copy_(few.T)
+    return out
+
+
 def _image(rows: Tensor) -> Tensor:
     """(N, C) -> (1, C, N, 1), an image of N pixels, channels last."""
     return rows.contiguous().view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
@@ -78,10 +97,12 @@ def _rows(image: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _convolve(x, len(weight), LEAST):
+        return F.linear(x, weight, bias)
     return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))
 
 
-class _Convolved(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)

@@ -1,4 +1,4 @@
-"""Products by convolution: equal to nn.Linear, in a network too, and taken only where they were measured faster."""
+"""Products in ways of our own: equal to nn.Linear, in a network too, and taken only where they were measured faster."""
 
 from collections import Counter
 
@@ -26,28 +26,40 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def always(monkeypatch, threads):
-    """However small the product, whatever the machine."""
+WAYS = {
+    "convolution": ("convolves", torch.float32),
+    "half": ("convolves", torch.bfloat16),
+    "copy": ("has_amx", torch.bfloat16),
+}
+
+
+@pytest.fixture(params=WAYS)
+def dtype(request, monkeypatch, threads) -> torch.dtype:
+    """What is multiplied in each of the ways, however small the product, whatever the machine."""
     for sizes in ("LEAST", "LEAST_OF_WEIGHTS"):
         monkeypatch.setattr(products, sizes, dict.fromkeys(NEAR, (1, 1)))
-    monkeypatch.setattr(products, "convolves", lambda: True)
+    monkeypatch.setattr(products, "LEAST_LAID_OUT", 1)
+    way, dtype = WAYS[request.param]
+    for known in ("convolves", "has_amx"):
+        monkeypatch.setattr(products, known, lambda known=known: known == way)
+    return dtype
 
 
 @pytest.fixture
 def here(monkeypatch, threads):
     """As large as ever, on a machine like those that were measured."""
     monkeypatch.setattr(products, "convolves", lambda: True)
+    monkeypatch.setattr(products, "has_amx", lambda: False)
 
 
-def is_convolution(y: torch.Tensor) -> bool:
+def is_ours(y: torch.Tensor) -> bool:
     steps, seen = [y.grad_fn], []
     while steps:
         step = steps.pop()
         if step is not None:
             seen.append(step.name())
             steps += [before for before, _ in step.next_functions]
-    return "_ConvolvedBackward" in seen
+    return "_ProductBackward" in seen
 
 
 def outputs_and_gradients(linear: nn.Linear, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
@@ -57,15 +69,14 @@ def outputs_and_gradients(linear: nn.Linear, x: torch.Tensor, grad: torch.Tensor
     return [y, x.grad, *(p.grad for p in linear.parameters())]
 
 
-@pytest.mark.parametrize("dtype", NEAR)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("shape", "outputs"), [((1, 1), 1), ((6,), 4), ((7, 5), 3), ((2, 9, 16), 32), ((3, 1, 33), 65)]
 )
-def test_convolutions_equal_nn_linear(always, dtype, bias, shape, outputs):
+def test_products_equal_nn_linear(dtype, bias, shape, outputs):
     linear = Linear(shape[-1], outputs, bias=bias, dtype=dtype)
     x, grad = torch.randn(shape, dtype=dtype), torch.randn(*shape[:-1], outputs, dtype=dtype)
-    assert is_convolution(linear(x))
+    assert is_ours(linear(x))
     found = outputs_and_gradients(linear, x, grad)
     linear.zero_grad()
     linear.__class__ = nn.Linear
@@ -75,8 +86,7 @@ def test_convolutions_equal_nn_linear(always, dtype, bias, shape, outputs):
         assert_equal(ours.float(), expected.float(), NEAR[dtype])
 
 
-@pytest.mark.parametrize("dtype", NEAR)
-def test_rows_and_gradients_in_any_order_of_memory(always, dtype):
+def test_rows_and_gradients_in_any_order_of_memory(dtype):
     linear = Linear(12, 20, dtype=dtype)
     x = torch.randn(12, 6, dtype=dtype).T
     grads = [torch.randn(20, 6, dtype=dtype).T, torch.ones(1, 1, dtype=dtype).expand(6, 20)]
@@ -89,8 +99,7 @@ def test_rows_and_gradients_in_any_order_of_memory(always, dtype):
             assert torch.equal(ours, same)
 
 
-@pytest.mark.parametrize("dtype", NEAR)
-def test_products_of_a_part_of_the_columns(always, dtype):
+def test_products_of_a_part_of_the_columns(dtype):
     """As the loss takes them: slices of a wide matrix, written to and read from in place."""
     x, weight, wide = (torch.randn(*shape, dtype=dtype) for shape in ((8, 6), (5, 6), (8, 15)))
     part = wide[:, 5:10]
@@ -103,8 +112,7 @@ def test_products_of_a_part_of_the_columns(always, dtype):
     assert torch.equal(wide[:, 10:], around[:, 10:])
 
 
-@pytest.mark.parametrize("dtype", NEAR)
-def test_a_network_learns_the_same_with_convolutions(monkeypatch, always, dtype):
+def test_a_network_learns_the_same(monkeypatch, dtype):
     model, idx = tiny_model(ModelConfig(**SMALL), dtype=torch.float32), random_tokens(2, 24)
 
     def loss_and_gradients():
@@ -118,7 +126,8 @@ def test_a_network_learns_the_same_with_convolutions(monkeypatch, always, dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits = model(idx[:, :-1]).float()
     assert_equal(found[0], cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()), NEAR[dtype])
-    monkeypatch.setattr(products, "convolves", lambda: False)
+    for known in ("convolves", "has_amx"):
+        monkeypatch.setattr(products, known, lambda: False)
     for ours, expected in zip(found, loss_and_gradients(), strict=True):
         assert_equal(ours, expected, NEAR[dtype])
 
@@ -128,9 +137,9 @@ def test_a_convolution_is_taken_from_the_sizes_where_it_is_faster(here, dtype):
     rows, inputs, outputs = WIDE[dtype]
     linear, narrow, wide = (Linear(inputs, n, dtype=dtype) for n in (outputs, outputs - 1, 2 * outputs))
     x = torch.randn(rows, inputs, dtype=dtype)
-    assert is_convolution(linear(x))
-    assert not is_convolution(narrow(x))
-    assert not is_convolution(wide(x[1:]))
+    assert is_ours(linear(x))
+    assert not is_ours(narrow(x))
+    assert not is_ours(wide(x[1:]))
 
 
 class Seen(TorchDispatchMode):
@@ -141,7 +150,7 @@ class Seen(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (name := func.overloadpacket.__name__) in ("mm", "convolution"):
+        if (name := func.overloadpacket.__name__) in ("mm", "convolution", "copy_"):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -163,6 +172,22 @@ def test_gradients_are_convolutions_from_sizes_of_their_own(here, dtype, rows, e
     assert seen.counts == expected
 
 
+@pytest.mark.parametrize(("inputs", "copies"), [(1023, 0), (1024, 17)])
+def test_a_gradient_of_many_weights_is_made_of_a_transposed_copy(monkeypatch, inputs, copies):
+    """Of 64 rows at a time, with AMX in bfloat16."""
+    monkeypatch.setattr(products, "convolves", lambda: False)
+    seen = {}
+    for amx in (False, True):
+        monkeypatch.setattr(products, "has_amx", lambda amx=amx: amx)
+        for dtype in (torch.float32, torch.bfloat16):
+            linear, x = Linear(inputs, 1024, bias=False, dtype=dtype), torch.ones(17 * 64, inputs, dtype=dtype)
+            with Seen() as counted:
+                linear(x).backward(torch.ones(len(x), 1024, dtype=dtype))
+            assert counted.counts["mm"] == 2
+            seen[amx, dtype] = counted.counts["copy_"]
+    assert seen == {key: copies * (key == (True, torch.bfloat16)) for key in seen}
+
+
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "convolution"), (torch.bfloat16, "mm")])
 def test_a_part_of_the_columns_is_copied_only_where_that_pays(here, dtype, kind):
     grad, x = torch.randn(2048, 2048, dtype=dtype)[:, :1024], torch.randn(2048, 512, dtype=dtype)
@@ -176,7 +201,7 @@ def test_autocast_says_what_is_multiplied(here):
     linear, x = Linear(inputs, outputs), torch.randn(rows, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         y = linear(x)
-    assert is_convolution(y)
+    assert is_ours(y)
     y.sum().backward()
     assert linear.weight.grad.dtype == torch.float32
     assert torch.equal(y, linear.bfloat16()(x.bfloat16()))
@@ -185,11 +210,11 @@ def test_autocast_says_what_is_multiplied(here):
 def test_no_convolution_in_float64_or_with_one_thread(here):
     rows, inputs, outputs = WIDE[torch.float32]
     linear, x = Linear(inputs, outputs), torch.randn(rows, inputs)
-    assert is_convolution(linear(x))
-    assert not is_convolution(linear.double()(x.double()))
+    assert is_ours(linear(x))
+    assert not is_ours(linear.double()(x.double()))
     linear.float()
     torch.set_num_threads(1)
-    assert not is_convolution(linear(x))
+    assert not is_ours(linear(x))
 
 
 @pytest.mark.parametrize(
@@ -207,12 +232,12 @@ def test_convolutions_only_where_they_were_faster(monkeypatch, threads, cpu, vec
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     rows, inputs, outputs = WIDE[torch.float32]
-    assert is_convolution(Linear(inputs, outputs)(torch.randn(rows, inputs))) == convolves
+    assert is_ours(Linear(inputs, outputs)(torch.randn(rows, inputs))) == convolves
 
 
-def test_compiled_code_multiplies_as_the_compiler_wants(always):
-    linear, x = Linear(8, 8), torch.randn(4, 8)
-    assert is_convolution(linear(x))
+def test_compiled_code_multiplies_as_the_compiler_wants(dtype):
+    linear, x = Linear(8, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
+    assert is_ours(linear(x))
     seen = []
     torch.compile(linear, backend=lambda graph, _: seen.append(graph.code) or graph.forward)(x)
     assert len(seen) == 1
