@@ -26,7 +26,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_product_dtype(x)
-        if not (_convolve(x, self.out_features, LEAST) or _lay_out(x, self.out_features)):
+        learns = torch.is_grad_enabled() and _lay_out(x, self.out_features)
+        if not (learns or _convolve(x, self.out_features, LEAST)):
             return F.linear(x, self.weight, self.bias)
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         return _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)

@@ -188,6 +188,18 @@ def test_a_gradient_of_many_weights_is_made_of_a_transposed_copy(monkeypatch, in
     assert seen == {key: copies * (key == (True, torch.bfloat16)) for key in seen}
 
 
+def test_without_gradients_there_is_nothing_to_lay_out(monkeypatch):
+    monkeypatch.setattr(products, "LEAST_LAID_OUT", 1)
+    monkeypatch.setattr(products, "convolves", lambda: False)
+    monkeypatch.setattr(products, "has_amx", lambda: True)
+    linear, x = Linear(8, 6, dtype=torch.bfloat16), torch.randn(4, 8, dtype=torch.bfloat16)
+    y = linear(x)
+    assert is_ours(y)
+    monkeypatch.delattr(products, "_Product")
+    with torch.no_grad():
+        assert torch.equal(linear(x), y)
+
+
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "convolution"), (torch.bfloat16, "mm")])
 def test_a_part_of_the_columns_is_copied_only_where_that_pays(here, dtype, kind):
     grad, x = torch.randn(2048, 2048, dtype=dtype)[:, :1024], torch.randn(2048, 512, dtype=dtype)
