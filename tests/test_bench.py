@@ -1,6 +1,7 @@
 """The benchmarks: their arithmetic, their peers' shapes, and that they refuse to call a mask a window."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -127,6 +128,15 @@ def test_a_peer_has_our_shape_to_the_parameter(family, shape):
     twin = transformers_twin(config)
     assert type(twin).__name__ == family
     assert sum(p.numel() for p in twin.parameters()) == cost.n_params(config)
+
+
+def test_what_a_peer_compiles_is_kept_where_our_own_code_is(monkeypatch, tmp_path):
+    """Importing transformers imports torch's compiler, which settles on a folder below /tmp for all processors."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    transformers_twin(tiny_config(**DIVIDED, norm="rmsnorm", mlp="swiglu", position="rope", bias=False))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path))
 
 
 def test_a_shape_that_no_peer_has_is_refused():

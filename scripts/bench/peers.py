@@ -3,11 +3,13 @@
 from torch import nn
 
 from model.config import ModelConfig
+from model.device import keep_compiled_code
 from scripts.convert.fit import fitting
 
 
 def transformers_twin(config: ModelConfig, *, use_cache: bool = False) -> nn.Module:
     """A new model of transformers with this shape, to train or, with a cache, to decode. UserError if it has none."""
+    keep_compiled_code()  # before transformers imports torch's compiler, which would settle on a place of its own
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = fitting(config)
