@@ -30,6 +30,11 @@ def multiplies_bf16() -> bool:
     return any(on for name, on in features().items() if name.endswith("bf16"))
 
 
+def has_avx512_bf16() -> bool:
+    """Whether it multiplies vectors of bfloat16, and torch's fused attention lays keys and values out for that."""
+    return bool(features().get("avx512_bf16")) and _vectors() == "AVX512"
+
+
 def convolves() -> bool:
     """Whether products with weights are faster as convolutions: on AMD's with AVX-512, and not with Intel's AMX."""
     amd = str(features().get("cpu_name")).startswith("AMD")

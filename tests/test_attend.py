@@ -257,6 +257,7 @@ def test_kernel_name_is_what_ran(sdpa_calls, monkeypatch, window, contiguous, n_
 @pytest.mark.parametrize("amx", [False, True])
 def test_fused_tiles_call_the_fused_kernel_in_the_forward_alone(sdpa_calls, monkeypatch, amx, window, n, calls):
     monkeypatch.setattr(model.attend, "has_amx", lambda: amx)
+    monkeypatch.setattr(model.kernels.tiles, "has_avx512_bf16", lambda: True)  # blocks of 96
     spec = make_spec(window=window)
     heads = (spec.n_head, spec.n_kv_head, spec.n_kv_head)
     q, k, v = (torch.randn(1, h, n, 8, dtype=torch.bfloat16).requires_grad_() for h in heads)

@@ -149,12 +149,15 @@ def test_compiled_code_is_kept_for_later_runs_unless_a_place_is_given(hardware, 
 
 def test_compiled_code_is_kept_apart_for_processors_that_differ(monkeypatch):
     """Code for AVX-512 gave wrong numbers where torch's kernels were those of AVX2, and would end on a lesser CPU."""
+    both = {"amx_bf16": True, "avx512_bf16": True, "cpu_name": "x"}
     seen = set()
     for vectors in ("AVX512", "AVX2"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda vectors=vectors: vectors)
-        for features in ({"amx_bf16": True, "cpu_name": "x"}, {"amx_bf16": False, "cpu_name": "x"}, {}):
+        for features in (both, both | {"amx_bf16": False}, {}):
             monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=features: found, raising=False)
-            assert processor.has_amx() == (vectors == "AVX512" and features.get("amx_bf16", False))
+            used = features if vectors == "AVX512" else {}
+            assert processor.has_amx() == used.get("amx_bf16", False)
+            assert processor.has_avx512_bf16() == used.get("avx512_bf16", False)
             assert processor.fingerprint() == processor.fingerprint()
             seen.add(processor.fingerprint())
     assert len(seen) == 6

@@ -11,7 +11,7 @@ import model.attend
 import model.kernels.tiles
 from model.attend import attend, kernel_name
 from model.kernels.flex import block_mask
-from model.kernels.tiles import tiles, work_bytes
+from model.kernels.tiles import block_size, tiles, work_bytes
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 from model.positions import alibi_slopes
@@ -282,8 +282,15 @@ def test_a_window_of_one_text_holds_no_more_than_fused_full_attention(dtype, T):
         window = peak(lambda: attend(*inputs, pos, pos, spec, contiguous=True))
     finally:
         torch.set_num_threads(threads)
-    without_avx512 = torch.backends.cpu.get_cpu_capability() != "AVX512"  # where half types measured 1.7 % above
-    assert window <= full * (1.02 if without_avx512 and dtype == torch.bfloat16 else 1)
+    assert window <= full
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_blocks_of_half_types_are_wider_where_fused_attention_holds_more(monkeypatch, vectors):
+    monkeypatch.setattr(model.kernels.tiles, "has_avx512_bf16", lambda: vectors)
+    sizes = {window: block_size(window, torch.bfloat16) for window in (1, 256, 512, 9999)}
+    assert sizes == {1: 96 if vectors else 64, 256: 96 if vectors else 64, 512: 128, 9999: 256}
+    assert block_size(9999, torch.float32) == 64
 
 
 def test_on_a_cpu_bfloat16_takes_tiles_and_float32_the_fused_kernel(amx):

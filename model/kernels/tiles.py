@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model.kernels.fused import fused_forward, fused_work_bytes
 from model.kernels.room import KeySums, Room, Tile
+from model.processor import has_avx512_bf16
 from model.visible import sees
 
 ALIGN = 32  # keys of a tile are a multiple of this: vectors without a rest
@@ -241,7 +242,8 @@ def _softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
 def block_size(window: int, dtype: torch.dtype) -> int:
     """What measured fastest among those that need no more memory than fused full attention: wide ones waste pairs."""
     if dtype in (torch.bfloat16, torch.float16):
-        return min(256, max(96, window // 4 // ALIGN * ALIGN))
+        least = 96 if has_avx512_bf16() else 64  # fused attention holds less without
+        return min(256, max(least, window // 4 // ALIGN * ALIGN))
     return 64
 
 
