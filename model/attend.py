@@ -9,8 +9,8 @@
 | tiles                | windows, sinks, fewer KV heads, any device; work in proportion to the window;|
 |                      | and what shapes the scores: soft-caps, ALiBi, learned sinks; on a CPU chunks |
 |                      | over a cache too, where all rows have come equally far                       |
-| tiles-fused          | the same in bfloat16 with AMX, unshaped: the forward of each tile through    |
-|                      | torch's fused attention                                                      |
+| amx                  | windows, sinks, fewer KV heads in bfloat16 on a CPU with AMX and a compiler, |
+|                      | with or without a window; chunks over a cache too                            |
 | flex                 | windows and sinks on CUDA, fused                                             |
 | masked               | any positions: small chunks over a cache, padding; any pattern; a mask of    |
 |                      | bounded size, and no work saved                                              |
@@ -30,21 +30,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import UserError
+from model.kernels.amx import amx, serves
 from model.kernels.flex import block_mask, flex
 from model.kernels.scores import Shape, masked_scores, one_query
 from model.kernels.tiles import block_size, tiles
 from model.positions import alibi_slopes
-from model.processor import has_amx
 from model.step import Step
 from model.visible import visible
 
 if TYPE_CHECKING:
     from model.mixers.attention import AttentionSpec
 
-Kernel = Literal["auto", "sdpa", "tiles", "flex", "masked"]
+Kernel = Literal["auto", "sdpa", "tiles", "amx", "flex", "masked"]
 
 MASK_ELEMENTS = 1 << 22  # the largest piece of a mask, or of scores, that exists at a time
-FEWEST = 32  # queries for which tiles are faster than a mask, over a cache, or with AMX than the fused kernel
+FEWEST = 32  # queries for which tiles are faster than a mask over a cache, and those of AMX than any other kernel
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -67,14 +67,16 @@ def kernel_name(
     shaped = spec.shapes_scores
     masked = "masked-scores" if shaped else "masked"
     if not contiguous:
-        return _tiles(spec, device, dtype) if in_order and _tiles_serve(spec, T, device, dtype) else masked
+        if not in_order or not _tiles_serve(spec, T, device, dtype):
+            return masked
+        return "amx" if spec.kernel == "auto" and _amx_serves(spec, device, dtype) else "tiles"
     slides = spec.window is not None and spec.window < T
     asked = spec.kernel
     if spec.sparse is not None:
         if asked not in ("auto", "masked"):
             raise UserError(f"kernel ({asked}) knows no {spec.sparse.rule} pattern: take masked or auto")
         return masked
-    if asked in ("sdpa", "flex") and shaped:
+    if asked in ("sdpa", "amx", "flex") and shaped:
         raise UserError(f"kernel ({asked}) knows no {shaped[0]}: take tiles, masked or auto")
     if asked == "sdpa" and slides:
         raise UserError(
@@ -82,17 +84,14 @@ def kernel_name(
         )
     if asked == "flex" and device.type != "cuda":
         raise UserError(f"kernel (flex) needs cuda, not {device.type}: take tiles or auto")
-    if asked == "auto" and shaped:
-        asked = "tiles"
-    elif asked == "auto":
-        if slides:
-            asked = "flex" if device.type == "cuda" else "tiles"
-        elif device.type == "cpu" and dtype == torch.bfloat16:  # which the fused kernel's backward multiplies slowly
-            asked = "tiles" if T >= FEWEST and (T >= 128 or has_amx()) else "sdpa"
-        else:
-            asked = "sdpa"
-    if asked == "tiles":
-        return _tiles(spec, device, dtype)
+    if asked == "amx" and not _amx_serves(spec, device, dtype):
+        here = f"{device.type}, {str(dtype).removeprefix('torch.')} and {spec.head_dim}"
+        raise UserError(
+            f"kernel (amx) needs a CPU with AMX, a C++ compiler, bfloat16 and head_dim a multiple of 32, not {here}: "
+            "take tiles or auto"
+        )
+    if asked == "auto":
+        asked = _fastest(spec, T, slides, device, dtype)
     if asked != "sdpa":
         return masked if asked == "masked" else asked
     if spec.n_kv_head == spec.n_head:
@@ -131,14 +130,15 @@ def attend(
             return _masked_scores(q, k, v, q_pos, k_pos, spec, sink_logit, context)
         case "one-query":
             return one_query(q, k, v, *_seen(q_pos, k_pos, spec, context), _shape(spec, q, sink_logit))
-        case "tiles" | "tiles-fused" as kernel:
+        case "amx":
+            return amx(q, k, v, T if spec.window is None else spec.window, spec.n_sink, spec.scale)[0]
+        case "tiles":
             window = T if spec.window is None else min(spec.window, T)
             block, slopes = block_size(window, q.dtype), _slopes(spec, q)
             if not contiguous:  # no more scores than of a mask, however long the text is
                 row = q.shape[1] // k.shape[1] * min(T, window + block)
                 block = min(block, max(FEWEST, 1 << (MASK_ELEMENTS // row).bit_length() - 1))
-            shape = (spec.scale, spec.softcap, slopes, sink_logit)
-            return tiles(q, k, v, window, spec.n_sink, block, *shape, kernel == "tiles-fused")
+            return tiles(q, k, v, window, spec.n_sink, block, spec.scale, spec.softcap, slopes, sink_logit)
         case "flex":
             return flex(q, k, v, (shared or {})[_mask_key(spec)], spec.scale)
         case "sdpa-causal-expanded":
@@ -147,9 +147,20 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=gqa)
 
 
-def _tiles(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str:
-    fuses = device.type == "cpu" and dtype == torch.bfloat16 and not spec.shapes_scores and has_amx()
-    return "tiles-fused" if fuses else "tiles"
+def _fastest(spec: AttentionSpec, T: int, slides: bool, device: torch.device, dtype: torch.dtype) -> str:
+    if spec.shapes_scores:
+        return "tiles"
+    if T >= FEWEST and _amx_serves(spec, device, dtype):
+        return "amx"
+    if slides:
+        return "flex" if device.type == "cuda" else "tiles"
+    if device.type == "cpu" and dtype == torch.bfloat16:  # which the fused kernel's backward multiplies slowly
+        return "tiles" if T >= 128 else "sdpa"
+    return "sdpa"
+
+
+def _amx_serves(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> bool:
+    return not spec.shapes_scores and serves(spec.head_dim, device, dtype)
 
 
 def _tiles_serve(spec: AttentionSpec, T: int, device: torch.device, dtype: torch.dtype) -> bool:

@@ -136,7 +136,7 @@ class ModelConfig(Section):
         0.02, gt=0, description="of the layers' matrices at first; none: 1 / sqrt(their inputs), alike at every width"
     )
     kernel: Kernel = Field(
-        "auto", description="of attention without a cache: sdpa, tiles, flex, masked; auto: the fastest"
+        "auto", description="of attention without a cache: sdpa, tiles, amx, flex, masked; auto: the fastest"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and on what each sublayer adds")
     without: str | None = Field(

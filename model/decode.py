@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from model.device import Runtime, Switch, keep_compiled_code, no_compiling
+from model.build import keep_compiled_code
+from model.device import Runtime, Switch, no_compiling
 from model.errors import UserError
 from model.kernels.sums import with_sums
 from model.memory import step_bytes

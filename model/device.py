@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from model import processor
+from model.build import compiler, keep_compiled_code
 from model.errors import UserError
 from model.products import times
 
 DType = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 
-COMPILERS = ("g++", "clang++", "c++", "cl")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs 10 s and saves 2 to 12 % of narrow layers: below, it does not pay
 
@@ -117,7 +116,7 @@ def no_compiling(device: torch.device) -> str | None:
         return None if has_triton() else "no triton here"
     if device.type == "mps":
         return "eager is the safe choice on mps"
-    return None if any(map(shutil.which, COMPILERS)) else "no C++ compiler here"
+    return "no C++ compiler here" if compiler() is None else None
 
 
 def _keep_memory() -> None:
@@ -129,13 +128,6 @@ def _keep_memory() -> None:
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def keep_compiled_code() -> None:
-    """What compilers make serves later runs on such a processor; torch would keep it where temporary files are."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    place = os.path.join(cache, "sash", "inductor", processor.fingerprint())
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", place)
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,16 @@ from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.kernels.tiles import work_bytes
+from model.kernels import amx, tiles
 from model.optim import OptimizerName, Optimizers, make_optimizers
 
+# Operators that hold more inside than their results, and which of their arguments is q.
+WORK: dict[Any, tuple[Callable[..., int], int]] = {
+    torch.ops.sash.tiles.default: (tiles.work_bytes, 0),
+    torch.ops.sash.tiles_backward.default: (tiles.work_bytes, 1),
+    torch.ops.sash.amx.default: (amx.work_bytes, 0),
+    torch.ops.sash.amx_backward.default: (amx.work_bytes, 3),
+}
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "work")
 
 
@@ -90,10 +98,10 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.sash.tiles.default, torch.ops.sash.tiles_backward.default):  # one operator, work inside
-            backward = func is torch.ops.sash.tiles_backward.default
-            q, k, _, *numbers = args[backward:]
-            self._count_work(work_bytes(q, k, *numbers, backward=backward))
+        if func in WORK:
+            work_bytes, first = WORK[func]
+            q, k, _, *numbers = args[first:]
+            self._count_work(work_bytes(q, k, *numbers, backward=first > 0))
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self._part_of:
                 label = self._part_of[storage] = [self.part]

@@ -22,10 +22,10 @@ from configs.program import exit_with_one_line
 from configs.run_dir import RunDir
 from configs.schema import RunConfig
 from data.tokenizer import make_tokenizer
+from model.build import keep_compiled_code
 from model.cache import Cache
 from model.config import ModelConfig
 from model.cost import cache_bytes
-from model.device import keep_compiled_code
 from model.gpt import GPT
 from model.memory import PeakMemory
 from model.optim import Optimizers

@@ -183,7 +183,7 @@ def test_shaped_scores_take_a_kernel_that_knows_them(shape):
     assert kernel_name(spec, T, torch.device("cuda"), torch.bfloat16) == "tiles"
     assert kernel_name(spec, T, CPU, torch.float32, contiguous=False) == "masked-scores"
     assert kernel_name(make_spec(kernel="masked", **shape), T, CPU, torch.float32) == "masked-scores"
-    for kernel in ("sdpa", "flex"):
+    for kernel in ("sdpa", "amx", "flex"):
         with pytest.raises(UserError, match=rf"kernel \({kernel}\) knows no {spec.shapes_scores[0]}: take tiles"):
             kernel_name(make_spec(kernel=kernel, **shape), T, torch.device("cuda"), torch.bfloat16)
 
@@ -253,21 +253,6 @@ def test_kernel_name_is_what_ran(sdpa_calls, monkeypatch, window, contiguous, n_
         assert ("expanded" in name) == (call["key_heads"] > n_kv_head)
 
 
-@pytest.mark.parametrize(("window", "n", "calls"), [(None, 200, 1), (3, 60, 1), (100, 200, 3)])
-@pytest.mark.parametrize("amx", [False, True])
-def test_fused_tiles_call_the_fused_kernel_in_the_forward_alone(sdpa_calls, monkeypatch, amx, window, n, calls):
-    monkeypatch.setattr(model.attend, "has_amx", lambda: amx)
-    monkeypatch.setattr(model.kernels.tiles, "has_avx512_bf16", lambda: True)  # blocks of 96
-    spec = make_spec(window=window)
-    heads = (spec.n_head, spec.n_kv_head, spec.n_kv_head)
-    q, k, v = (torch.randn(1, h, n, 8, dtype=torch.bfloat16).requires_grad_() for h in heads)
-    pos = torch.arange(n)[None]
-    y = attend(q, k, v, pos, pos, spec, contiguous=True)
-    y.sum().backward()
-    assert kernel_name(spec, n, CPU, q.dtype) == ("tiles-fused" if amx else "tiles")
-    assert len(sdpa_calls) == calls * amx
-
-
 @pytest.mark.parametrize(("window", "contiguous"), [(3, True), (None, False), (T - 1, True)])
 def test_causal_kernel_takes_only_whole_sequences(window, contiguous):
     assert "causal" not in kernel_name(make_spec(window=window), T, CPU, torch.float32, contiguous=contiguous)
@@ -278,6 +263,10 @@ def test_a_kernel_that_cannot_serve_is_refused_and_not_replaced():
         kernel_name(make_spec(window=3, kernel="sdpa"), T, CPU, torch.float32)
     with pytest.raises(UserError, match=r"kernel \(flex\) needs cuda, not cpu: take tiles"):
         kernel_name(make_spec(window=3, kernel="flex"), T, CPU, torch.float32)
+    needs = r"kernel \(amx\) needs a CPU with AMX, a C\+\+ compiler, bfloat16 and head_dim a multiple of 32, not"
+    for dtype, here in ((torch.float32, "cpu, float32 and 4"), (torch.bfloat16, "cpu, bfloat16 and 4")):
+        with pytest.raises(UserError, match=f"{needs} {here}: take tiles or auto"):
+            kernel_name(make_spec(window=3, kernel="amx"), T, CPU, dtype)
 
 
 @pytest.mark.parametrize("contiguous", [True, False])

@@ -64,7 +64,7 @@ VALUES = {  # what hypothesis may put in the place of that; some of it is wrong 
     "tie_embeddings": [False, True],
     "scale_embeddings": [False, True],
     "init_std": [0.02, None],
-    "kernel": ["auto", "sdpa", "tiles", "masked", "flex"],
+    "kernel": ["auto", "sdpa", "tiles", "amx", "masked", "flex"],
     "dropout": [0.0, 0.3],
     "without": [None, "its experts"],
 }

@@ -15,7 +15,6 @@ from model.kernels.tiles import block_size, tiles, work_bytes
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 from model.positions import alibi_slopes
-from model.processor import has_amx
 from model.visible import visible
 
 B, H, K, D = 2, 6, 2, 4
@@ -48,17 +47,18 @@ def judged(inputs: list[Tensor], grad: Tensor, spec: AttentionSpec) -> list[Tens
 
 @pytest.fixture(params=[False, True], ids=["no AMX", "AMX"])
 def amx(request, monkeypatch) -> bool:
-    monkeypatch.setattr(model.attend, "has_amx", lambda: request.param)
+    half = (torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(model.attend, "serves", lambda head_dim, *here: request.param and here == half)
     return request.param
 
 
-@pytest.mark.parametrize(("dtype", "fused"), [(torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("block", [1, 7, 16, 200])
 @pytest.mark.parametrize("n_sink", [0, 3, 40])
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 52, 53, 54])
-def test_tiles_equal_the_masked_form(window, n_sink, block, dtype, fused):
+def test_tiles_equal_the_masked_form(window, n_sink, block, dtype):
     inputs, grad = make_qkv(53, dtype=dtype)
-    ours = outputs(tiles(*inputs, window, n_sink, block, fused=fused), inputs, grad)
+    ours = outputs(tiles(*inputs, window, n_sink, block), inputs, grad)
     for actual, expected in zip(ours, judged(inputs, grad, make_spec(window=window, n_sink=n_sink)), strict=True):
         if dtype == torch.float64:
             assert_equal(actual, expected)
@@ -77,7 +77,7 @@ def test_tiles_equal_the_masked_form(window, n_sink, block, dtype, fused):
     ids=str,
 )
 @pytest.mark.parametrize("n", [2, 17, 33])
-def test_tiles_of_a_chunk_over_a_cache_equal_the_masked_form(dtype, window, n_sink, shape, n, amx):
+def test_tiles_of_a_chunk_over_a_cache_equal_the_masked_form(dtype, window, n_sink, shape, n):
     """Of the keys between the sinks and the window of the chunk's first query the cache has forgotten some."""
     T, near, learned = 70, 1e-12 if dtype == torch.float64 else 0.05, "sink_logit" in shape
     shape = shape | {"alibi": n_sink == 0 and "alibi" in shape}
@@ -92,34 +92,18 @@ def test_tiles_of_a_chunk_over_a_cache_equal_the_masked_form(dtype, window, n_si
     for (q, k, v, *sink), kernel in ((inputs, "tiles"), (wide, "masked")):
         spec = make_spec(window=window, n_sink=n_sink, kernel=kernel, **shape)
         name = kernel_name(spec, n, q.device, q.dtype, contiguous=False, in_order=True)
-        fuses = amx and q.dtype == torch.bfloat16 and not spec.shapes_scores
-        assert name == (
-            kernel + "-fused" * fuses if kernel == "tiles" else kernel + "-scores" * bool(spec.shapes_scores)
-        )
+        assert name == (kernel if kernel == "tiles" else kernel + "-scores" * bool(spec.shapes_scores))
         y = attend(q, k, v, pos[:, -n:], pos, spec, sink_logit=sink[0] if learned else None, in_order=True)
         results.append(outputs(y, [q, k, v, *sink], grad[:, :, first:].to(q.dtype)))
     for actual, expected in zip(*results, strict=True):
         assert (actual.double() - expected).norm() <= near * expected.norm() + 1e-6 * near
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_last_tile_of_another_length_has_a_mask_of_its_own(fused):
+def test_the_last_tile_of_another_length_has_a_mask_of_its_own():
     """Of 32 queries after tiles of 33: as many keys as the tile before it."""
     inputs, grad = make_qkv(131, dtype=torch.bfloat16)
-    ours = outputs(tiles(*inputs, 30, 0, 33, fused=fused), inputs, grad)
+    ours = outputs(tiles(*inputs, 30, 0, 33), inputs, grad)
     for actual, expected in zip(ours, judged(inputs, grad, make_spec(window=30)), strict=True):
-        assert (actual.double() - expected).norm() <= 0.02 * expected.norm()
-
-
-@pytest.mark.parametrize("window", [1000, 1100, 1500])
-def test_fused_tiles_of_keys_in_several_parts_hide_whole_parts(window):
-    """torch's kernel takes 512 keys at a time: of the last ones here, or the first, some queries see none."""
-    T, heads = 1600, 2
-    inputs, grad = make_qkv(T, heads=heads, kv_heads=1, width=16, dtype=torch.bfloat16)
-    inputs, grad = [x[:1].detach().requires_grad_() for x in inputs], grad[:1]
-    ours = outputs(tiles(*inputs, window, 2, 256, fused=True), inputs, grad)
-    spec = make_spec(window=window, n_sink=2, n_head=heads, n_kv_head=1, head_dim=16)
-    for actual, expected in zip(ours, judged(inputs, grad, spec), strict=True):
         assert (actual.double() - expected).norm() <= 0.02 * expected.norm()
 
 
@@ -128,11 +112,12 @@ def test_a_chunk_over_a_cache_goes_in_tiles_where_they_are_faster(amx):
         spec, n, torch.device(device), dtype, contiguous=False, in_order=True
     )
     full, sliding, far = make_spec(), make_spec(window=9), make_spec(alibi=True, window=9, n_sink=1)
-    assert [name(n, torch.bfloat16, full) for n in (2, 31, 32)] == [
-        "masked",
-        "masked",
-        "tiles-fused" if amx else "tiles",
-    ]
+    assert [name(n, torch.bfloat16, full) for n in (2, 31, 32)] == ["masked", "masked", "amx" if amx else "tiles"]
+    assert (
+        name(32, torch.bfloat16, make_spec(kernel="tiles"))
+        == name(32, torch.bfloat16, make_spec(alibi=True))
+        == "tiles"
+    )
     assert [name(n, torch.float32, sliding) for n in (127, 128)] == ["masked", "tiles"]
     assert name(512, torch.float32, full) == "masked"
     assert name(512, torch.bfloat16, sliding, "cuda") == "masked"
@@ -206,12 +191,6 @@ def test_tiles_keep_batch_rows_apart():
 def test_tiles_are_one_operator_that_compilers_understand():
     inputs, _ = make_qkv(20)
     torch.library.opcheck(torch.ops.sash.tiles.default, (*inputs, 6, 2, 8))
-    half, _ = make_qkv(20, dtype=torch.bfloat16)
-    for q in (half[0], half[0].detach().contiguous().requires_grad_()):
-        for window in (6, 20):
-            fused = (q, *half[1:], window, 0, 8, None, None, None, None, True)
-            torch.library.opcheck(torch.ops.sash.tiles.default, fused, atol=0.05, rtol=0.05)
-            assert tiles(*fused).stride() == q.stride()  # which opcheck does not compare
     slopes, sink = torch.rand(H).double(), torch.rand(H).double().requires_grad_()
     torch.library.opcheck(torch.ops.sash.tiles.default, (*inputs, 6, 2, 8, 0.3, 2.0, slopes, sink))
 
@@ -227,7 +206,6 @@ def test_tiles_memory_grows_with_the_text_and_not_with_its_square():
     assert peak(4096) < 2.2 * peak(2048)
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.skipif(not has_amx(), reason="no AMX"))])
 @pytest.mark.parametrize(
     ("rows", "heads", "kv_heads", "T", "n", "window", "n_sink", "block"),
     [
@@ -240,9 +218,9 @@ def test_tiles_memory_grows_with_the_text_and_not_with_its_square():
         (1, 4, 4, 4000, 256, 4000, 4, 64),
     ],
 )
-def test_a_forward_holds_what_it_is_said_to(rows, heads, kv_heads, T, n, window, n_sink, block, fused):
+def test_a_forward_holds_what_it_is_said_to(rows, heads, kv_heads, T, n, window, n_sink, block):
     q, k, v = (torch.randn(rows, t, h, 64).bfloat16().transpose(1, 2) for t, h in ((n, heads), *[(T, kv_heads)] * 2))
-    numbers = (window, n_sink, block, None, None, None, None, fused)
+    numbers = (window, n_sink, block, None, None, None, None)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -253,13 +231,6 @@ def test_a_forward_holds_what_it_is_said_to(rows, heads, kv_heads, T, n, window,
         torch.set_num_threads(threads)
     assert found.bytes is not None
     assert said == pytest.approx(found.bytes - out.nbytes, rel=0.2)  # oneDNN takes some for itself
-
-
-@pytest.mark.parametrize("numbers", [(None, 2.0), (None, None, torch.ones(H)), (None, None, None, torch.ones(H))])
-def test_fused_tiles_refuse_to_shape_scores(numbers):
-    inputs, _ = make_qkv(9)
-    with pytest.raises(AssertionError, match="does not shape scores"):
-        tiles(*inputs, 4, 0, 8, *numbers, *[None] * (4 - len(numbers)), fused=True)
 
 
 @pytest.mark.parametrize("T", [2048, 4096])
@@ -295,12 +266,13 @@ def test_blocks_of_half_types_are_wider_where_fused_attention_holds_more(monkeyp
 
 def test_on_a_cpu_bfloat16_takes_tiles_and_float32_the_fused_kernel(amx):
     name = lambda T, dtype, **spec: kernel_name(make_spec(**spec), T, torch.device("cpu"), dtype)
-    tiled = "tiles-fused" if amx else "tiles"
+    tiled = "amx" if amx else "tiles"
     assert [name(T, torch.bfloat16) for T in (31, 128)] == ["sdpa-causal-expanded", tiled]
-    assert [name(T, torch.bfloat16) for T in (32, 127)] == ["tiles-fused" if amx else "sdpa-causal-expanded"] * 2
+    assert [name(T, torch.bfloat16) for T in (32, 127)] == ["amx" if amx else "sdpa-causal-expanded"] * 2
     assert name(512, torch.float32) == "sdpa-causal-expanded"
-    assert name(9, torch.bfloat16, window=5) == tiled
-    assert name(9, torch.bfloat16, window=5, softcap=2.0) == name(9, torch.float32, window=5) == "tiles"
+    assert [name(T, torch.bfloat16, window=5) for T in (9, 32)] == ["tiles", tiled]
+    assert name(40, torch.bfloat16, window=5, softcap=2.0) == name(40, torch.float32, window=5) == "tiles"
+    assert [name(40, torch.bfloat16, window=5, kernel=kernel) for kernel in ("tiles", "masked")] == ["tiles", "masked"]
 
 
 @pytest.mark.parametrize(("window", "n_sink"), [(None, 0), (40, 0), (40, 5)])

@@ -146,7 +146,7 @@ def test_costs_count_the_pairs_that_are_visible(name):
 def test_no_kernel_but_the_mask_takes_a_pattern(name):
     spec, device = tiny_config(**DESIGNS[name]).layers[0], torch.device("cpu")
     assert kernel_name(spec, T, device, torch.float32) == "masked"
-    for kernel in ("sdpa", "tiles", "flex"):
+    for kernel in ("sdpa", "tiles", "amx", "flex"):
         spec = tiny_config(**DESIGNS[name], kernel=kernel).layers[0]
         with pytest.raises(UserError, match=rf"kernel \({kernel}\) knows no \w+ pattern: take masked or auto"):
             kernel_name(spec, T, device, torch.float32)

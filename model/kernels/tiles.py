@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.fused import fused_forward, fused_work_bytes
 from model.kernels.room import KeySums, Room, Tile
 from model.processor import has_avx512_bf16
 from model.visible import sees
@@ -41,19 +40,15 @@ def tiles(
     softcap: float | None = None,
     slopes: Tensor | None = None,
     sink_logit: Tensor | None = None,
-    fused: bool = False,
 ) -> Tensor:
     """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D): each query over its last `window` keys and the first n_sink.
 
     Queries stand at the last Tq keys: all of them in training, those of a chunk over a cache.
 
     Scores are products times scale (none: 1 / sqrt(D)), capped, less slopes (H,) times the distance; sink_logit (H,)
-    joins the softmax's denominator. fused: the forward goes through torch's fused attention, which knows none of those.
+    joins the softmax's denominator.
     """
-    tiling = Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit, fused)
-    if fused:
-        assert all(x is None for x in (softcap, slopes, sink_logit)), "torch's fused attention does not shape scores"
-        return fused_forward(tiling, q, k, v)
+    tiling = Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
     out, room = torch.empty_like(q), Room(q)
     for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
         for tile in tiling:
@@ -119,7 +114,6 @@ class Tiling:
     scale: float
     softcap: float | None
     learned: bool
-    fused: bool
     _masks: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # the last ones
 
     @classmethod
@@ -134,12 +128,11 @@ class Tiling:
         softcap: float | None = None,
         _slopes: Tensor | None = None,
         sink_logit: Tensor | None = None,
-        fused: bool = False,
     ) -> "Tiling":
         """As the operators are called."""
         T, D = k.shape[2:]
         scale, learned = D**-0.5 if scale is None else scale, sink_logit is not None
-        return cls(T, T - q.shape[2], window, n_sink, block, scale, softcap, learned, fused)
+        return cls(T, T - q.shape[2], window, n_sink, block, scale, softcap, learned)
 
     def __iter__(self) -> Iterator[Tile]:
         """Last queries first: a key is done with the tile whose queries stand where it does."""
@@ -251,8 +244,6 @@ def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
     """What a call holds beside its arguments and results, of shapes alone; `numbers` follow v among them."""
     (B, H, _, D), K = q.shape, k.shape[1]
     tiling = Tiling.of(q, k, *numbers)
-    if tiling.fused:
-        return fused_work_bytes(tiling, q, k)
     rows, heads = tiling.part(B, K, H // K, q.element_size())
     largest = max((tile.stop - tile.start) * (tile.n_before + tile.end - tile.low) for tile in tiling)
     scores = rows * heads * (H // K) * largest * q.element_size()
@@ -266,14 +257,14 @@ def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    q, k, v, *ctx.numbers, slopes, sink_logit, _ = inputs
+    q, k, v, *ctx.numbers, slopes, sink_logit = inputs
     ctx.save_for_backward(q, k, v, slopes, sink_logit)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, slopes, sink_logit = ctx.saved_tensors
     *dqkv, dsink = tiles_backward(grad, q, k, v, *ctx.numbers, slopes, sink_logit)
-    return *dqkv, *[None] * len(ctx.numbers), None, None if sink_logit is None else dsink, None
+    return *dqkv, *[None] * len(ctx.numbers), None, None if sink_logit is None else dsink
 
 
 tiles.register_autograd(_backward, setup_context=_save)

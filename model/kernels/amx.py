@@ -1,0 +1,160 @@
+"""Attention over windows and sinks in bfloat16 on a CPU with AMX: model/kernels/cpp as an operator.
+
+Dimensions: B batch, H query heads, K KV heads, R = H / K, T keys, Tq queries, D head_dim.
+"""
+
+import ctypes
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.build import BuildError, library
+from model.processor import has_amx
+
+BLOCK = 64  # queries, and keys, of a block in model/kernels/cpp
+TASKS = 4  # of a thread in the forward, at least
+
+_loaded: dict[str, ctypes.CDLL | None] = {}  # compilers of Python code take it as it is, and do not look into _load
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_long),
+        ("head", ctypes.c_long),
+        ("time", ctypes.c_long),
+    )
+
+
+class _Call(ctypes.Structure):
+    """As in window.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("B", "H", "K", "Tq", "T", "D", "window", "n_sink", "parts", "chunk")),
+        ("scale", ctypes.c_float),
+        ("lse", ctypes.c_void_p),
+        *((name, _Rows) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
+    )
+
+
+def serves(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `amx` can be called with these, which compiles it at first."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or head_dim % 32 or not has_amx():
+        return False
+    if "library" not in _loaded:
+        _loaded["library"] = _load()
+    return _loaded["library"] is not None
+
+
+@torch.library.custom_op("sash::amx", mutates_args=())
+def amx(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D), and the logarithms of the softmax's sums (B, H, Tq), base 2.
+
+    Queries stand at the last Tq keys, and see each the last `window` keys and the first n_sink. D is a multiple of 32;
+    no scale: 1 / sqrt(D).
+    """
+    q, k, v = (_with_rows(x) for x in (q, k, v))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    call = _call(q, k, window, n_sink, scale, backward=False)
+    _place(call, lse, q=q, k=k, v=v, out=out)
+    _run("forward", call)
+    return out, lse
+
+
+@torch.library.custom_op("sash::amx_backward", mutates_args=())
+def amx_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    n_sink: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v."""
+    grad, q, k, v = (_with_rows(x) for x in (grad, q, k, v))
+    call = _call(q, k, window, n_sink, scale, backward=True)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if call.parts > 1:
+        dk, dv = (x.new_empty(*x.shape[:1], call.K * call.parts, *x.shape[2:]) for x in (k, v))
+    if call.Tq < call.T:  # keys that no query sees
+        dk.zero_(), dv.zero_()
+    _place(call, lse, q=q, k=k, v=v, out=out, grad=grad, dq=dq, dk=dk, dv=dv)
+    _run("backward", call)
+    if call.parts > 1:
+        dk, dv = (x.unflatten(1, (call.K, call.parts)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def work_bytes(q: Tensor, k: Tensor, window: int, n_sink: int, *_: Any, backward: bool) -> int:
+    """What a call holds beside its arguments and results, of shapes alone."""
+    call = _call(q, k, window, n_sink, None, backward=backward)
+    partial_sums = (
+        2 * (call.parts - 1) * k.nbytes
+    )  # instead of the gradients, which come of them when the rest is freed
+    return _memory("backward" if backward else "forward", call) + partial_sums
+
+
+def _load() -> ctypes.CDLL | None:
+    try:
+        loaded = library(Path(__file__).parent / "cpp")
+    except BuildError as error:
+        warnings.warn(f"attention with AMX cannot be compiled, tiles take its place: {error}", stacklevel=2)
+        return None
+    for function in (loaded.forward_bytes, loaded.backward_bytes):
+        function.restype = ctypes.c_long
+    return loaded if loaded.ask() == 0 else None
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _call(q: Tensor, k: Tensor, window: int, n_sink: int, scale: float | None, *, backward: bool) -> _Call:
+    (B, H, Tq, D), (K, T) = q.shape, k.shape[1:3]
+    n_blocks, n_threads = -(-Tq // BLOCK), torch.get_num_threads()
+    parts, chunk = 1, n_blocks
+    if backward:  # gradients of a KV head are sums of one thread
+        parts = min(H // K, -(-n_threads // (B * K)))
+    else:
+        chunk = -(-n_blocks // -(-TASKS * n_threads // (B * K)))
+    scale = D**-0.5 if scale is None else scale
+    return _Call(B, H, K, Tq, T, D, min(window, T), min(n_sink, T), parts, chunk, scale)
+
+
+def _place(call: _Call, lse: Tensor, **tensors: Tensor) -> None:
+    call.lse = lse.data_ptr()
+    for name, x in tensors.items():
+        setattr(call, name, _Rows(x.data_ptr(), *x.stride()[:3]))
+
+
+def _run(name: str, call: _Call) -> None:
+    memory = torch.empty(_memory(name, call), dtype=torch.uint8)  # which torch aligns to 64 bytes
+    getattr(_loaded["library"], name)(ctypes.byref(call), ctypes.c_void_p(memory.data_ptr()), torch.get_num_threads())
+
+
+def _memory(name: str, call: _Call) -> int:
+    return torch.get_num_threads() * getattr(_loaded["library"], f"{name}_bytes")(ctypes.byref(call))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.numbers = inputs
+    ctx.save_for_backward(*output, q, k, v)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return *amx_backward(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None
+
+
+amx.register_autograd(_backward, setup_context=_save)
+amx.register_fake(lambda q, *_: (torch.empty_like(_with_rows(q)), q.new_empty(q.shape[:3], dtype=torch.float32)))
+amx_backward.register_fake(
+    lambda grad, out, lse, q, k, v, *_: tuple(torch.empty_like(_with_rows(x)) for x in (q, k, v))
+)
