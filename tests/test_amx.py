@@ -1,5 +1,7 @@
 """The C++ of model/kernels/cpp against the masked form of attention, on processors that have AMX."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -192,7 +194,18 @@ def test_what_cannot_be_compiled_is_said_and_tiles_take_its_place(monkeypatch):
     ],
 )
 def test_what_it_does_not_serve(monkeypatch, head_dim, device, dtype, has):
+    library = SimpleNamespace(forward_bytes=SimpleNamespace(), backward_bytes=SimpleNamespace(), ask=lambda: 0)
     monkeypatch.setattr(model.kernels.amx, "has_amx", lambda: has)
-    monkeypatch.setattr(model.kernels.amx, "_loaded", {"library": object()})
+    monkeypatch.setattr(model.kernels.amx, "library", lambda _: library)
+    monkeypatch.setattr(model.kernels.amx, "_loaded", {})
     assert not serves(head_dim, torch.device(device), dtype)
     assert serves(64, CPU, torch.bfloat16) == has
+
+
+@needs_amx
+def test_compiled_layers_call_it_in_one_piece():
+    inputs, grad = make_qkv(90, 2, 1, 32)
+    spec, pos = AttentionSpec(n_embd=8, n_head=2, n_kv_head=1, head_dim=32, window=30), torch.arange(90)[None]
+    y = torch.compile(attend, fullgraph=True, backend="eager")(*inputs, pos, pos, spec, contiguous=True)
+    for actual, same in zip([y, *torch.autograd.grad(y, inputs, grad)], outputs(inputs, grad, 30, 0), strict=True):
+        assert torch.equal(actual, same)

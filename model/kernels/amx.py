@@ -17,7 +17,7 @@ from model.processor import has_amx
 BLOCK = 64  # queries, and keys, of a block in model/kernels/cpp
 TASKS = 4  # of a thread in the forward, at least
 
-_loaded: dict[str, ctypes.CDLL | None] = {}  # compilers of Python code take it as it is, and do not look into _load
+_loaded: dict[str, ctypes.CDLL | None] = {}  # once it is there, torch.compile does not look into _load
 
 
 class _Rows(ctypes.Structure):
@@ -42,7 +42,7 @@ class _Call(ctypes.Structure):
 
 def serves(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `amx` can be called with these, which compiles it at first."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or head_dim % 32 or not has_amx():
+    if device.type != "cpu" or dtype != torch.bfloat16 or head_dim % 32:
         return False
     if "library" not in _loaded:
         _loaded["library"] = _load()
@@ -101,6 +101,8 @@ def work_bytes(q: Tensor, k: Tensor, window: int, n_sink: int, *_: Any, backward
 
 
 def _load() -> ctypes.CDLL | None:
+    if not has_amx():
+        return None
     try:
         loaded = library(Path(__file__).parent / "cpp")
     except BuildError as error:
