@@ -1,6 +1,8 @@
 """The C++ of model/kernels/cpp against the masked form of attention, on processors that have AMX."""
 
+import ctypes
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -184,22 +186,21 @@ def test_what_cannot_be_compiled_is_said_and_tiles_take_its_place(monkeypatch):
     assert kernel_name(spec, 90, CPU, torch.bfloat16) == "tiles"  # and no second warning
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "device", "dtype", "has"),
-    [
-        (48, "cpu", torch.bfloat16, True),
-        (64, "cuda", torch.bfloat16, True),
-        (64, "cpu", torch.float32, True),
-        (64, "cpu", torch.bfloat16, False),
-    ],
-)
-def test_what_it_does_not_serve(monkeypatch, head_dim, device, dtype, has):
-    library = SimpleNamespace(forward_bytes=SimpleNamespace(), backward_bytes=SimpleNamespace(), ask=lambda: 0)
+@pytest.mark.parametrize(("has", "granted"), [(True, True), (True, False), (False, True)])
+def test_it_serves_where_the_processor_has_it_and_the_system_grants_it(monkeypatch, has, granted):
+    size = ctypes.sizeof(model.kernels.amx._Call)
+    functions = {"call_bytes": size, "ask": 0 if granted else -1, "forward_bytes": 0, "backward_bytes": 0}
+    library = SimpleNamespace(**{name: Mock(return_value=value) for name, value in functions.items()})
     monkeypatch.setattr(model.kernels.amx, "has_amx", lambda: has)
     monkeypatch.setattr(model.kernels.amx, "library", lambda _: library)
     monkeypatch.setattr(model.kernels.amx, "_loaded", {})
-    assert not serves(head_dim, torch.device(device), dtype)
-    assert serves(64, CPU, torch.bfloat16) == has
+    assert serves(64, CPU, torch.bfloat16) == (has and granted)
+    for head_dim, device, dtype in (
+        (48, "cpu", torch.bfloat16),
+        (64, "cuda", torch.bfloat16),
+        (64, "cpu", torch.float32),
+    ):
+        assert not serves(head_dim, torch.device(device), dtype)
 
 
 @needs_amx

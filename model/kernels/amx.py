@@ -108,8 +108,9 @@ def _load() -> ctypes.CDLL | None:
     except BuildError as error:
         warnings.warn(f"attention with AMX cannot be compiled, tiles take its place: {error}", stacklevel=2)
         return None
-    for function in (loaded.forward_bytes, loaded.backward_bytes):
+    for function in (loaded.call_bytes, loaded.ask, loaded.forward_bytes, loaded.backward_bytes):
         function.restype = ctypes.c_long
+    assert loaded.call_bytes() == ctypes.sizeof(_Call), "window.h and this file differ in what a call is"
     return loaded if loaded.ask() == 0 else None
 
 

@@ -232,6 +232,8 @@ void run(const Call& call, char* memory, int n_threads) {
 
 extern "C" {
 
+long call_bytes() { return sizeof(Call); }
+
 // Asks the system for AMX; 0 where it is granted.
 long ask() { return syscall(SYS_arch_prctl, 0x1023, 18); }
 
