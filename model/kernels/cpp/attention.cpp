@@ -22,7 +22,7 @@ using namespace sash;
 
 namespace {
 
-constexpr float HIDDEN = -1e30, LOWEST = -1e29;  // a score that is not seen, and the maximum of none
+constexpr float HIDDEN = -1e30;  // the score of what is not seen: nothing, once something is seen
 
 struct Forward {
     const Call& call;
@@ -51,7 +51,7 @@ struct Forward {
         long n = blocks.n_queries(i);
         copy_rows(rows, call.q.at(b, h, i * BLOCK), call.q.time, n, D);
         transpose_paired(queries, rows, D);
-        std::fill_n(most, BLOCK, LOWEST);
+        std::fill_n(most, BLOCK, HIDDEN);
         std::fill_n(sum, BLOCK, 0);
         std::fill_n(out, D * BLOCK, 0);
         blocks.each(i, [&](long j) {
