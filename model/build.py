@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,29 +30,29 @@ def keep_compiled_code() -> None:
 
 def library(folder: Path) -> ctypes.CDLL:
     """The C++ of a folder, compiled for this processor unless that was done before. BuildError where it cannot be."""
-    sources = sorted(folder.iterdir())
+    sources = [*sorted(folder.glob("*.h")), *sorted(folder.glob("*.cpp"))]
     key = hashlib.sha256(b"\0".join([*(source.read_bytes() for source in sources), *map(str.encode, FLAGS)]))
     path = _place("cpp") / f"{folder.name}-{key.hexdigest()[:16]}.so"
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # not there, or not whole
-        _compile([source for source in sources if source.suffix == ".cpp"], path)
+        _compile(folder, path)
     return ctypes.CDLL(str(path))
 
 
-def _compile(sources: list[Path], path: Path) -> None:
+def _compile(folder: Path, path: Path) -> None:
     if (command := compiler()) is None:
         raise BuildError("no C++ compiler here")
+    print(f"note: compiling {os.path.relpath(folder)} for this processor, once", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as own:  # other processes may be at it too
             made = Path(own) / path.name
-            done = subprocess.run([command, *FLAGS, *map(str, sources), "-o", made], capture_output=True, text=True)
+            call = [command, *FLAGS, *map(str, sorted(folder.glob("*.cpp"))), "-o", str(made)]
+            done = subprocess.run(call, capture_output=True, text=True)
             if done.returncode != 0:
-                said = [line for line in done.stderr.splitlines() if "error" in line] or [
-                    f"exit status {done.returncode}"
-                ]
-                raise BuildError(said[0])
+                errors = [line for line in done.stderr.splitlines() if "error" in line]
+                raise BuildError(errors[0] if errors else f"{command} ended with {done.returncode}")
             made.replace(path)
     except OSError as error:
         raise BuildError(str(error)) from error

@@ -27,12 +27,15 @@ def kept(tmp_path: Path) -> list[Path]:
 
 
 @needs_compiler
-def test_a_library_is_compiled_once(source, tmp_path, monkeypatch):
+def test_a_library_is_compiled_once_and_says_so(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert library(source).twice(21) == 42
+    assert capsys.readouterr().err == "note: compiling twice for this processor, once\n"
     (path,) = kept(tmp_path)
     monkeypatch.setattr(subprocess, "run", None)
     assert library(source).twice(4) == 8
     assert kept(tmp_path) == [path]
+    assert capsys.readouterr().err == ""
 
 
 @needs_compiler
