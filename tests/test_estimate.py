@@ -25,6 +25,16 @@ SHAPES = {
         "norm_place": "sandwich",
         "mlp": "geglu",
     },
+    "heads as AMX takes them": {
+        "n_embd": 128,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "block_size": 192,
+        "n_layer": 3,
+        "pattern": "2:1",
+        "window": 70,
+        "n_sink": 2,
+    },
     "logits rule": {"vocab_size": 7001, "block_size": 160},
     "weights rule": {"n_embd": 300, "mlp_width": 900, "block_size": 8, "n_layer": 3},
 }

@@ -54,7 +54,7 @@ def amx(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, scale: float 
     """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D), and the logarithms of the softmax's sums (B, H, Tq), base 2.
 
     Queries stand at the last Tq keys, and see each the last `window` keys and the first n_sink. D is a multiple of 32;
-    no scale: 1 / sqrt(D).
+    no scale: 1 / sqrt(D). A softmax that goes on from block to block of the keys (2205.14135).
     """
     q, k, v = (_with_rows(x) for x in (q, k, v))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -79,10 +79,10 @@ def amx_backward(
     """Gradients of q, k, v."""
     grad, q, k, v = (_with_rows(x) for x in (grad, q, k, v))
     call = _call(q, k, window, n_sink, scale, backward=True)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     if call.parts > 1:
-        dk, dv = (x.new_empty(*x.shape[:1], call.K * call.parts, *x.shape[2:]) for x in (k, v))
-    if call.Tq < call.T:  # keys that no query sees
+        dk, dv = (x.new_empty(call.B, call.K * call.parts, call.T, call.D) for x in (k, v))
+    if call.Tq < call.T:  # there may be keys that no query sees
         dk.zero_(), dv.zero_()
     _place(call, lse, q=q, k=k, v=v, out=out, grad=grad, dq=dq, dk=dk, dv=dv)
     _run("backward", call)
@@ -94,10 +94,8 @@ def amx_backward(
 def work_bytes(q: Tensor, k: Tensor, window: int, n_sink: int, *_: Any, backward: bool) -> int:
     """What a call holds beside its arguments and results, of shapes alone."""
     call = _call(q, k, window, n_sink, None, backward=backward)
-    partial_sums = (
-        2 * (call.parts - 1) * k.nbytes
-    )  # instead of the gradients, which come of them when the rest is freed
-    return _memory("backward" if backward else "forward", call) + partial_sums
+    partial = 2 * (call.parts - 1) * k.nbytes  # gradients of keys and values, more than one of each
+    return _memory("backward" if backward else "forward", call) + partial
 
 
 def _load() -> ctypes.CDLL | None:
