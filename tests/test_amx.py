@@ -113,6 +113,7 @@ def test_any_layout_serves():
         for grads in (grad, grad.mT.contiguous().mT):
             for actual, same in zip(outputs(others, grads, 40, 2), expected, strict=True):
                 assert torch.equal(actual, same)
+            assert amx(*others, 40, 2)[0].transpose(1, 2).is_contiguous()  # as what comes after it keeps it
     y = amx(*inputs, 40, 2)[0]
     ones = torch.autograd.grad(y, inputs, torch.ones_like(y))
     for actual, same in zip(torch.autograd.grad(amx(*inputs, 40, 2)[0].sum(), inputs), ones, strict=True):

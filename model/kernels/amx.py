@@ -57,7 +57,7 @@ def amx(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, scale: float 
     no scale: 1 / sqrt(D). A softmax that goes on from block to block of the keys (2205.14135).
     """
     q, k, v = (_with_rows(x) for x in (q, k, v))
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = _results(q)
     call = _call(q, k, window, n_sink, scale, backward=False)
     _place(call, lse, q=q, k=k, v=v, out=out)
     _run("forward", call)
@@ -112,6 +112,12 @@ def _load() -> ctypes.CDLL | None:
     return loaded if loaded.ask() == 0 else None
 
 
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The output lies as the projection after it reads it, time before heads: both keep the same for the backward."""
+    B, H, Tq, D = q.shape
+    return q.new_empty(B, Tq, H, D).transpose(1, 2), q.new_empty(B, H, Tq, dtype=torch.float32)
+
+
 def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -155,7 +161,7 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
 
 
 amx.register_autograd(_backward, setup_context=_save)
-amx.register_fake(lambda q, *_: (torch.empty_like(_with_rows(q)), q.new_empty(q.shape[:3], dtype=torch.float32)))
+amx.register_fake(lambda q, *_: _results(q))
 amx_backward.register_fake(
     lambda grad, out, lse, q, k, v, *_: tuple(torch.empty_like(_with_rows(x)) for x in (q, k, v))
 )
