@@ -37,7 +37,10 @@ def library(folder: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError:  # not there, or not whole
         _compile(folder, path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # a place that nothing may be run from, say
+        raise BuildError(str(error)) from error
 
 
 def _compile(folder: Path, path: Path) -> None:

@@ -79,3 +79,13 @@ def test_a_place_that_cannot_be_written_is_said(source, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(BuildError, match="Not a directory"):
         library(source)
+
+
+@needs_compiler
+def test_what_cannot_be_loaded_is_said(source, monkeypatch):
+    def refuse(path):
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    with pytest.raises(BuildError, match="failed to map segment"):
+        library(source)
