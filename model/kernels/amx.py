@@ -4,7 +4,7 @@ Dimensions: B batch, H query heads, K KV heads, R = H / K, T keys, Tq queries, D
 """
 
 import ctypes
-import warnings
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         loaded = library(Path(__file__).parent / "cpp")
     except BuildError as error:
-        warnings.warn(f"attention with AMX cannot be compiled, tiles take its place: {error}", stacklevel=2)
+        print(f"note: no attention with AMX, tiles take its place: {error}", file=sys.stderr)
         return None
     for function in (loaded.call_bytes, loaded.ask, loaded.forward_bytes, loaded.backward_bytes):
         function.restype = ctypes.c_long
