@@ -16,7 +16,7 @@ from model.gpt import GPT
 from model.kernels import amx, tiles
 from model.optim import OptimizerName, Optimizers, make_optimizers
 
-# Operators that hold more inside than their results, and which of their arguments is q.
+# Operators that hold more inside than their results, and which of their arguments is q: of a backward not the first.
 WORK: dict[Any, tuple[Callable[..., int], int]] = {
     torch.ops.sash.tiles.default: (tiles.work_bytes, 0),
     torch.ops.sash.tiles_backward.default: (tiles.work_bytes, 1),

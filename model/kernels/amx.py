@@ -14,7 +14,6 @@ from torch import Tensor
 from model.build import BuildError, library
 from model.processor import has_amx
 
-BLOCK = 64  # queries, and keys, of a block in model/kernels/cpp
 TASKS = 4  # of a thread in the forward, at least
 
 _loaded: dict[str, ctypes.CDLL | None] = {}  # once it is there, torch.compile does not look into _load
@@ -33,7 +32,7 @@ class _Call(ctypes.Structure):
     """As in window.h."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("B", "H", "K", "Tq", "T", "D", "window", "n_sink", "parts", "chunk")),
+        *((name, ctypes.c_long) for name in ("B", "H", "K", "Tq", "T", "D", "window", "n_sink", "parts", "pieces")),
         ("scale", ctypes.c_float),
         ("lse", ctypes.c_void_p),
         *((name, _Rows) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
@@ -124,14 +123,13 @@ def _with_rows(x: Tensor) -> Tensor:
 
 def _call(q: Tensor, k: Tensor, window: int, n_sink: int, scale: float | None, *, backward: bool) -> _Call:
     (B, H, Tq, D), (K, T) = q.shape, k.shape[1:3]
-    n_blocks, n_threads = -(-Tq // BLOCK), torch.get_num_threads()
-    parts, chunk = 1, n_blocks
-    if backward:  # gradients of a KV head are sums of one thread
+    n_threads, parts, pieces = torch.get_num_threads(), 1, 1
+    if backward:  # gradients of a KV head are sums of one thread, or added up
         parts = min(H // K, -(-n_threads // (B * K)))
     else:
-        chunk = -(-n_blocks // -(-TASKS * n_threads // (B * K)))
+        pieces = -(-TASKS * n_threads // (B * K))
     scale = D**-0.5 if scale is None else scale
-    return _Call(B, H, K, Tq, T, D, min(window, T), min(n_sink, T), parts, chunk, scale)
+    return _Call(B, H, K, Tq, T, D, min(window, T), min(n_sink, T), parts, pieces, scale)
 
 
 def _place(call: _Call, lse: Tensor, **tensors: Tensor) -> None:

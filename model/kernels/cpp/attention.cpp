@@ -203,17 +203,18 @@ template <class Pass>
 void run(const Call& call, char* memory, int n_threads) {
     const Blocks blocks(call);
     const long R = call.H / call.K, n_bytes = bytes_of_thread<Pass>(call);
-    const long chunks = (blocks.count() + call.chunk - 1) / call.chunk, heads = call.K * call.parts;
+    const long n_blocks = blocks.count(), heads = call.K * call.parts;
+    const long length = (n_blocks + call.pieces - 1) / call.pieces, pieces = (n_blocks + length - 1) / length;
 #pragma omp parallel num_threads(n_threads)
     {
         Memory own{memory + omp_get_thread_num() * n_bytes};
         Pass pass(call, own);
         _tile_loadconfig(&CONFIG);
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < call.B * heads * chunks; task++) {
-            long chunk = task % chunks, head = task / chunks % heads, b = task / chunks / heads;
+        for (long task = 0; task < call.B * heads * pieces; task++) {
+            long piece = task % pieces, head = task / pieces % heads, b = task / pieces / heads;
             long h = head / call.parts, part = head % call.parts;
-            long first = chunk * call.chunk, last = std::min(first + call.chunk, blocks.count()) - 1;
+            long first = piece * length, last = std::min(first + length, n_blocks) - 1;
             long opened = blocks.newest(last) + 1, closed = opened;
             for (long j = 0; j < blocks.n_sinks; j++) pass.open(b, h, j);
             for (long i = last; i >= first; i--) {

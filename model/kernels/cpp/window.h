@@ -16,7 +16,7 @@ struct Rows {  // of a tensor (B, heads, T, D): strides in elements, of the last
 
 struct Call {  // the same in model/kernels/amx.py
     long B, H, K, Tq, T, D, window, n_sink;
-    long parts, chunk;  // a thread takes one of so many parts of R, and so many query blocks
+    long parts, pieces;  // a thread takes one of so many parts of R, and one of about so many pieces of Tq
     float scale;
     float* lse;  // (B, H, Tq), base 2
     Rows q, k, v, out, grad, dq, dk, dv;
