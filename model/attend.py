@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Kernel = Literal["auto", "sdpa", "tiles", "amx", "flex", "masked"]
 
 MASK_ELEMENTS = 1 << 22  # the largest piece of a mask, or of scores, that exists at a time
-FEWEST = 32  # queries for which tiles are faster than a mask over a cache, and those of AMX than any other kernel
+FEWEST = 32  # queries for which tiles are faster than a mask over a cache, and AMX than anything else (measured)
 HALF = (torch.bfloat16, torch.float16)
 
 
