@@ -2,7 +2,7 @@
 
 On an AMD EPYC with AVX512-BF16 as convolutions with 1 x 1 kernels: oneDNN lays the weights out once for them, and
 float32 products are otherwise MKL's. On an Intel Xeon with AMX those are the slower ones; there it is gradients of
-weights that pay, if what is transposed in them is laid out anew.
+weights that pay, if what is transposed in them is laid out anew, and if oneDNN does not leave them to a single thread.
 
 Dimensions: N rows, I inputs, O outputs.
 """
@@ -14,11 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.processor import convolves, has_amx
+from model.native import native
+from model.processor import convolves
 
 LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}  # rows, multiplications: measured
 LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # for their gradients
-LEAST_LAID_OUT = 1 << 20  # weights from which on gradients are made of a transposed copy
+LEAST_LAID_OUT = 1 << 19  # weights from which on gradients are made of a transposed copy
+LEAST_SHARED = 1 << 20  # results: of fewer oneDNN leaves a product of many rows to one thread
+FEW_ROWS = 384  # of which it does not
+
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN adds the bias; F.linear copies it to each row
 
 
 class Linear(nn.Linear):
@@ -57,7 +62,7 @@ def times(grad: Tensor, weight: Tensor) -> Tensor:
 def transposed_times(grad: Tensor, x: Tensor) -> Tensor:
     """(N, O) transposed times (N, I) -> (O, I): the gradient of what times_transposed multiplied by."""
     if _lay_out(grad, x.shape[1]):
-        return _transposed(grad) @ x
+        return _in_pieces(_transposed(grad), x)
     copied = not grad.is_contiguous()  # as columns of a wider matrix are; in bfloat16 that takes what would be saved
     if (copied and grad.dtype == torch.bfloat16) or not _convolve(grad, x.shape[1], LEAST_OF_WEIGHTS):
         return grad.T @ x
@@ -77,14 +82,24 @@ def _lay_out(x: Tensor, others: int) -> bool:
     """Whether the gradient of weights between C and `others`, of (..., C), is made faster of a transposed copy."""
     if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.bfloat16:
         return False
-    return x.shape[-1] * others >= LEAST_LAID_OUT and has_amx()
+    return x.shape[-1] * others >= LEAST_LAID_OUT and native() is not None
 
 
 def _transposed(rows: Tensor) -> Tensor:
-    """(N, C) -> (C, N), laid out anew, a few rows at a time: torch's own copy takes four times as long."""
-    out = rows.new_empty(rows.shape[1], len(rows))
-    for few, place in zip(rows.split(64), out.split(64, dim=1), strict=True):
-        place.copy_(few.T)
+    """(N, C) -> (C, N), laid out anew, with more than N from row to row: powers of two share places in the cache."""
+    loaded, rows, (N, C) = native(), rows if rows.stride(1) == 1 else rows.contiguous(), rows.shape
+    assert loaded is not None
+    out = rows.new_empty(C, (N // 32 + 2) * 32)[:, :N]
+    loaded.transpose(out.data_ptr(), out.stride(0), rows.data_ptr(), rows.stride(0), N, C, torch.get_num_threads())
+    return out
+
+
+def _in_pieces(rows: Tensor, x: Tensor) -> Tensor:
+    """(O, N) times (N, I) -> (O, I), with all threads."""
+    out = rows.new_empty(len(rows), x.shape[1])
+    n_pieces = -(-len(rows) // FEW_ROWS) if out.numel() < LEAST_SHARED else 1
+    for some, of_out in zip(rows.chunk(n_pieces), out.chunk(n_pieces), strict=True):
+        torch.mm(some, x, out=of_out)
     return out
 
 
@@ -99,7 +114,9 @@ def _rows(image: Tensor) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _convolve(x, len(weight), LEAST):
-        return F.linear(x, weight, bias)
+        if bias is None or _linear is None or not _lay_out(x, len(weight)):
+            return F.linear(x, weight, bias)
+        return _linear(x, weight, bias, "none", [], "")
     return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))
 
 

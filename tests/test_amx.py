@@ -1,6 +1,5 @@
-"""The C++ of model/kernels/cpp against the masked form of attention, on processors that have AMX."""
+"""The C++ of model/cpp against the masked form of attention, on processors that have AMX."""
 
-import ctypes
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.kernels.amx
+import model.native
 from model.attend import attend, kernel_name
 from model.build import BuildError
 from model.kernels.amx import amx, serves, work_bytes
@@ -180,24 +179,23 @@ def test_what_cannot_be_compiled_is_said_once_and_tiles_take_its_place(monkeypat
     def library(_):
         raise BuildError("no C++ compiler here")
 
-    monkeypatch.setattr(model.kernels.amx, "has_amx", lambda: True)
-    monkeypatch.setattr(model.kernels.amx, "library", library)
-    monkeypatch.setattr(model.kernels.amx, "_loaded", {})
+    monkeypatch.setattr(model.native, "has_amx", lambda: True)
+    monkeypatch.setattr(model.native, "library", library)
+    monkeypatch.setattr(model.native, "_loaded", {})
     assert not serves(64, CPU, torch.bfloat16)
     spec = AttentionSpec(n_embd=8, n_head=2, n_kv_head=2, head_dim=32, window=30)
     assert kernel_name(spec, 90, CPU, torch.bfloat16) == "tiles"
-    said = "note: no attention with AMX, tiles take its place: no C++ compiler here\n"
+    said = "note: attention and gradients do without C++ for AMX, and are slower: no C++ compiler here\n"
     assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(("has", "granted"), [(True, True), (True, False), (False, True)])
 def test_it_serves_where_the_processor_has_it_and_the_system_grants_it(monkeypatch, has, granted):
-    size = ctypes.sizeof(model.kernels.amx._Call)
-    functions = {"call_bytes": size, "ask": 0 if granted else -1, "forward_bytes": 0, "backward_bytes": 0}
-    library = SimpleNamespace(**{name: Mock(return_value=value) for name, value in functions.items()})
-    monkeypatch.setattr(model.kernels.amx, "has_amx", lambda: has)
-    monkeypatch.setattr(model.kernels.amx, "library", lambda _: library)
-    monkeypatch.setattr(model.kernels.amx, "_loaded", {})
+    functions = {name: Mock() for name in ("call_bytes", "forward_bytes", "backward_bytes", "transpose")}
+    library = SimpleNamespace(**functions, ask=Mock(return_value=0 if granted else -1))
+    monkeypatch.setattr(model.native, "has_amx", lambda: has)
+    monkeypatch.setattr(model.native, "library", lambda _: library)
+    monkeypatch.setattr(model.native, "_loaded", {})
     assert serves(64, CPU, torch.bfloat16) == (has and granted)
     for head_dim, device, dtype in (
         (48, "cpu", torch.bfloat16),

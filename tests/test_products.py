@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import products
 from model.config import ModelConfig
+from model.native import native
 from model.products import Linear, times, times_transposed, transposed_times
 
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -29,19 +30,23 @@ def threads():
 WAYS = {
     "convolution": ("convolves", torch.float32),
     "half": ("convolves", torch.bfloat16),
-    "copy": ("has_amx", torch.bfloat16),
+    "copy": ("native", torch.bfloat16),
 }
+OFF = {"convolves": lambda: False, "native": lambda: None}
+needs_amx = pytest.mark.skipif(native() is None, reason="needs AMX and a compiler")
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=[pytest.param(way, marks=needs_amx) if way == "copy" else way for way in WAYS])
 def dtype(request, monkeypatch, threads) -> torch.dtype:
     """What is multiplied in each of the ways, however small the product, whatever the machine."""
     for sizes in ("LEAST", "LEAST_OF_WEIGHTS"):
         monkeypatch.setattr(products, sizes, dict.fromkeys(NEAR, (1, 1)))
     monkeypatch.setattr(products, "LEAST_LAID_OUT", 1)
+    monkeypatch.setattr(products, "FEW_ROWS", 3)
     way, dtype = WAYS[request.param]
-    for known in ("convolves", "has_amx"):
-        monkeypatch.setattr(products, known, lambda known=known: known == way)
+    monkeypatch.setattr(products, "convolves", lambda: way == "convolves")
+    if way != "native":
+        monkeypatch.setattr(products, "native", OFF["native"])
     return dtype
 
 
@@ -49,7 +54,7 @@ def dtype(request, monkeypatch, threads) -> torch.dtype:
 def here(monkeypatch, threads):
     """As large as ever, on a machine like those that were measured."""
     monkeypatch.setattr(products, "convolves", lambda: True)
-    monkeypatch.setattr(products, "has_amx", lambda: False)
+    monkeypatch.setattr(products, "native", OFF["native"])
 
 
 def is_ours(y: torch.Tensor) -> bool:
@@ -126,8 +131,8 @@ def test_a_network_learns_the_same(monkeypatch, dtype):
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits = model(idx[:, :-1]).float()
     assert_equal(found[0], cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()), NEAR[dtype])
-    for known in ("convolves", "has_amx"):
-        monkeypatch.setattr(products, known, lambda: False)
+    for known, off in OFF.items():
+        monkeypatch.setattr(products, known, off)
     for ours, expected in zip(found, loss_and_gradients(), strict=True):
         assert_equal(ours, expected, NEAR[dtype])
 
@@ -150,7 +155,7 @@ class Seen(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (name := func.overloadpacket.__name__) in ("mm", "convolution", "copy_"):
+        if (name := func.overloadpacket.__name__) in ("mm", "addmm", "_linear_pointwise", "convolution", "copy_"):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -172,26 +177,48 @@ def test_gradients_are_convolutions_from_sizes_of_their_own(here, dtype, rows, e
     assert seen.counts == expected
 
 
-@pytest.mark.parametrize(("inputs", "copies"), [(1023, 0), (1024, 17)])
-def test_a_gradient_of_many_weights_is_made_of_a_transposed_copy(monkeypatch, inputs, copies):
-    """Of 64 rows at a time, with AMX in bfloat16."""
-    monkeypatch.setattr(products, "convolves", lambda: False)
-    seen = {}
-    for amx in (False, True):
-        monkeypatch.setattr(products, "has_amx", lambda amx=amx: amx)
-        for dtype in (torch.float32, torch.bfloat16):
-            linear, x = Linear(inputs, 1024, bias=False, dtype=dtype), torch.ones(17 * 64, inputs, dtype=dtype)
-            with Seen() as counted:
-                linear(x).backward(torch.ones(len(x), 1024, dtype=dtype))
-            assert counted.counts["mm"] == 2
-            seen[amx, dtype] = counted.counts["copy_"]
-    assert seen == {key: copies * (key == (True, torch.bfloat16)) for key in seen}
+@needs_amx
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "expected"),
+    [
+        (768, 682, {"addmm": 1, "mm": 2}),
+        (768, 683, {"_linear_pointwise": 1, "mm": 3}),
+        (769, 768, {"_linear_pointwise": 1, "mm": 4}),
+        (1024, 1024, {"_linear_pointwise": 1, "mm": 2}),
+    ],
+)
+def test_with_amx_gradients_of_many_weights_are_made_of_a_copy_by_all_threads(monkeypatch, outputs, inputs, expected):
+    """In pieces of 384 rows where there are fewer than 2^20 of them; biases are not copied to each row first."""
+    linear, x = Linear(inputs, outputs, dtype=torch.bfloat16), torch.randn(40, inputs, dtype=torch.bfloat16)
+    seen, gradients = {}, {}
+    for way in (native, OFF["native"]):
+        monkeypatch.setattr(products, "native", way)
+        monkeypatch.setattr(products, "convolves", OFF["convolves"])
+        linear.zero_grad()
+        with Seen() as counted:
+            linear(x.requires_grad_()).sum().backward()
+        counted.counts.pop("copy_", None)
+        seen[way], gradients[way] = counted.counts, linear.weight.grad.float()
+    assert seen == {native: expected, OFF["native"]: {"addmm": 1, "mm": 2}}
+    assert_equal(*gradients.values(), NEAR[torch.bfloat16])
 
 
+@needs_amx
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (32, 32), (31, 64), (64, 31), (33, 65), (200, 96), (0, 5)])
+def test_what_is_transposed_is_the_same_numbers(n_threads, shape, threads):
+    torch.set_num_threads(n_threads)
+    N, C = shape
+    wide = torch.arange(N * (C + 9), dtype=torch.int16).view(torch.bfloat16).view(N, C + 9)
+    for rows in (wide[:, 5 : 5 + C], wide[:, :C].T.contiguous().T):
+        found = products._transposed(rows)
+        assert torch.equal(found.view(torch.int16), rows.T.view(torch.int16))
+
+
+@needs_amx
 def test_without_gradients_there_is_nothing_to_lay_out(monkeypatch):
     monkeypatch.setattr(products, "LEAST_LAID_OUT", 1)
-    monkeypatch.setattr(products, "convolves", lambda: False)
-    monkeypatch.setattr(products, "has_amx", lambda: True)
+    monkeypatch.setattr(products, "convolves", OFF["convolves"])
     linear, x = Linear(8, 6, dtype=torch.bfloat16), torch.randn(4, 8, dtype=torch.bfloat16)
     y = linear(x)
     assert is_ours(y)

@@ -1,22 +1,17 @@
-"""Attention over windows and sinks in bfloat16 on a CPU with AMX: model/kernels/cpp as an operator.
+"""Attention over windows and sinks in bfloat16 on a CPU with AMX: model/cpp/attention.cpp as an operator.
 
 Dimensions: B batch, H query heads, K KV heads, R = H / K, T keys, Tq queries, D head_dim.
 """
 
 import ctypes
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.build import BuildError, library
-from model.processor import has_amx
+from model.native import native
 
 TASKS = 4  # of a thread in the forward, at least
-
-_loaded: dict[str, ctypes.CDLL | None] = {}  # once it is there, torch.compile does not look into _load
 
 
 class _Rows(ctypes.Structure):
@@ -41,11 +36,7 @@ class _Call(ctypes.Structure):
 
 def serves(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `amx` can be called with these, which compiles it at first."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or head_dim % 32:
-        return False
-    if "library" not in _loaded:
-        _loaded["library"] = _load()
-    return _loaded["library"] is not None
+    return device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 32 == 0 and native() is not None
 
 
 @torch.library.custom_op("sash::amx", mutates_args=())
@@ -97,20 +88,6 @@ def work_bytes(q: Tensor, k: Tensor, window: int, n_sink: int, *_: Any, backward
     return _memory("backward" if backward else "forward", call) + partial
 
 
-def _load() -> ctypes.CDLL | None:
-    if not has_amx():
-        return None
-    try:
-        loaded = library(Path(__file__).parent / "cpp")
-    except BuildError as error:
-        print(f"note: no attention with AMX, tiles take its place: {error}", file=sys.stderr)
-        return None
-    for function in (loaded.call_bytes, loaded.ask, loaded.forward_bytes, loaded.backward_bytes):
-        function.restype = ctypes.c_long
-    assert loaded.call_bytes() == ctypes.sizeof(_Call), "window.h and this file differ in what a call is"
-    return loaded if loaded.ask() == 0 else None
-
-
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     """The output lies as the projection after it reads it, time before heads: both keep the same for the backward."""
     B, H, Tq, D = q.shape
@@ -140,11 +117,14 @@ def _place(call: _Call, lse: Tensor, **tensors: Tensor) -> None:
 
 def _run(name: str, call: _Call) -> None:
     memory = torch.empty(_memory(name, call), dtype=torch.uint8)  # which torch aligns to 64 bytes
-    getattr(_loaded["library"], name)(ctypes.byref(call), ctypes.c_void_p(memory.data_ptr()), torch.get_num_threads())
+    getattr(native(), name)(ctypes.byref(call), ctypes.c_void_p(memory.data_ptr()), torch.get_num_threads())
 
 
 def _memory(name: str, call: _Call) -> int:
-    return torch.get_num_threads() * getattr(_loaded["library"], f"{name}_bytes")(ctypes.byref(call))
+    loaded = native()
+    assert loaded is not None
+    assert loaded.call_bytes() == ctypes.sizeof(_Call), "window.h and this file differ in what a call is"
+    return torch.get_num_threads() * getattr(loaded, f"{name}_bytes")(ctypes.byref(call))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

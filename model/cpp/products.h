@@ -80,10 +80,10 @@ inline __m512i paired(__m512i ab) {
     return _mm512_permutexvar_epi16(order, ab);
 }
 
-// (16, 16) of 32 bits, transposed.
-inline void transpose16(uint32_t* to, long ldt, const uint32_t* from, long ldf) {
+// 16 rows of 16 pairs, ld apart, transposed.
+inline void transpose16(__m512i* to, const bf16* from, long ld) {
     __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * ldf);
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * ld);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -99,8 +99,22 @@ inline void transpose16(uint32_t* to, long ldt, const uint32_t* from, long ldf) 
             b[i + e + 4] = _mm512_shuffle_i32x4(a[i + e], a[i + e + 4], 0xdd);
         }
     for (int i = 0; i < 8; i++) {
-        _mm512_storeu_si512(to + i * ldt, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * ldt, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        to[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+        to[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+    }
+}
+
+// 32 rows of 32, ld apart, transposed.
+inline void transpose32(__m512i* to, const bf16* from, long ld) {
+    const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
+                                          22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi16(1));
+    __m512i upper[16], lower[16];
+    transpose16(upper, from, ld);
+    transpose16(lower, from + 16 * ld, ld);
+    for (int i = 0; i < 16; i++) {
+        to[2 * i] = _mm512_permutex2var_epi16(upper[i], even, lower[i]);
+        to[2 * i + 1] = _mm512_permutex2var_epi16(upper[i], odd, lower[i]);
     }
 }
 
@@ -113,22 +127,20 @@ inline void copy_rows(bf16* to, const bf16* from, long ld, long n, long D) {
 // (BLOCK, D) -> (D / 2, BLOCK, 2), which is its transpose, paired.
 inline void transpose_paired(bf16* to, const bf16* from, long D) {
     for (long t = 0; t < BLOCK; t += 16)
-        for (long d = 0; d < D; d += 32)
-            transpose16((uint32_t*)(to + d * BLOCK) + t, BLOCK, (const uint32_t*)(from + t * D + d), D / 2);
+        for (long d = 0; d < D; d += 32) {
+            __m512i pairs[16];
+            transpose16(pairs, from + t * D + d, D);
+            for (long i = 0; i < 16; i++) _mm512_storeu_si512(to + (d + 2 * i) * BLOCK + 2 * t, pairs[i]);
+        }
 }
 
 // (BLOCK, D) -> (D, BLOCK).
 inline void transpose(bf16* to, const bf16* from, long D) {
-    alignas(64) uint32_t pairs[16 * 16];
-    for (long t = 0; t < BLOCK; t += 16)
+    for (long t = 0; t < BLOCK; t += 32)
         for (long d = 0; d < D; d += 32) {
-            transpose16(pairs, 16, (const uint32_t*)(from + t * D + d), D / 2);
-            for (long i = 0; i < 16; i++) {
-                __m512i both = _mm512_load_si512(pairs + i * 16);
-                bf16* row = to + (d + 2 * i) * BLOCK + t;
-                _mm256_storeu_si256((__m256i*)row, _mm512_cvtepi32_epi16(both));
-                _mm256_storeu_si256((__m256i*)(row + BLOCK), _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
-            }
+            __m512i rows[32];
+            transpose32(rows, from + t * D + d, D);
+            for (long i = 0; i < 32; i++) _mm512_storeu_si512(to + (d + i) * BLOCK + t, rows[i]);
         }
 }
 
@@ -155,17 +167,18 @@ inline void put_rows(bf16* to, long ld, const float* from, float factor, long n,
 
 // (D, BLOCK) of float32, each column times its factor -> n rows of D.
 inline void put_transposed(bf16* to, long ld, const float* from, const float* factors, long n, long D) {
-    alignas(64) uint32_t pairs[16 * 16], rows[16 * 16];
+    alignas(64) bf16 pairs[16 * 32];
     for (long t = 0; t < n; t += 16)
         for (long d = 0; d < D; d += 32) {
             __m512 f = _mm512_load_ps(factors + t);
             for (long i = 0; i < 16; i++) {
                 const float* x = from + (d + 2 * i) * BLOCK + t;
                 __m512 a = _mm512_mul_ps(_mm512_load_ps(x), f), b = _mm512_mul_ps(_mm512_load_ps(x + BLOCK), f);
-                _mm512_store_si512(pairs + i * 16, paired(rounded(a, b)));
+                _mm512_store_si512(pairs + i * 32, paired(rounded(a, b)));
             }
-            transpose16(rows, 16, pairs, 16);
-            for (long i = 0; i < 16 && t + i < n; i++) memcpy(to + (t + i) * ld + d, rows + i * 16, 64);
+            __m512i rows[16];
+            transpose16(rows, pairs, 32);
+            for (long i = 0; i < 16 && t + i < n; i++) _mm512_storeu_si512(to + (t + i) * ld + d, rows[i]);
         }
 }
 
