@@ -80,27 +80,34 @@ def _convolve(x: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int]])
 
 def _lay_out(x: Tensor, others: int) -> bool:
     """Whether the gradient of weights between C and `others`, of (..., C), is made faster of a transposed copy."""
-    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.bfloat16:
+    if not x.is_cpu or x.dtype != torch.bfloat16:
         return False
     return x.shape[-1] * others >= LEAST_LAID_OUT and native() is not None
 
 
+@torch.library.custom_op("sash::transposed", mutates_args=())
 def _transposed(rows: Tensor) -> Tensor:
-    """(N, C) -> (C, N), laid out anew, with more than N from row to row: powers of two share places in the cache."""
-    loaded, rows, (N, C) = native(), rows if rows.stride(1) == 1 else rows.contiguous(), rows.shape
+    """(N, C) -> (C, N), laid out anew by model/cpp."""
+    loaded = native()
     assert loaded is not None
-    out = rows.new_empty(C, (N // 32 + 2) * 32)[:, :N]
-    loaded.transpose(out.data_ptr(), out.stride(0), rows.data_ptr(), rows.stride(0), N, C, torch.get_num_threads())
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = _room_of_transposed(rows)
+    places = out.data_ptr(), out.stride(0), rows.data_ptr(), rows.stride(0)
+    loaded.transpose(*places, *rows.shape, torch.get_num_threads())
     return out
+
+
+@_transposed.register_fake
+def _room_of_transposed(rows: Tensor) -> Tensor:
+    """More than N from row to row: rows that are a power of two apart share places in the cache."""
+    N, C = rows.shape
+    return rows.new_empty(C, (N // 32 + 2) * 32)[:, :N]
 
 
 def _in_pieces(rows: Tensor, x: Tensor) -> Tensor:
     """(O, N) times (N, I) -> (O, I), with all threads."""
-    out = rows.new_empty(len(rows), x.shape[1])
-    n_pieces = -(-len(rows) // FEW_ROWS) if out.numel() < LEAST_SHARED else 1
-    for some, of_out in zip(rows.chunk(n_pieces), out.chunk(n_pieces), strict=True):
-        torch.mm(some, x, out=of_out)
-    return out
+    n_pieces = -(-len(rows) // FEW_ROWS) if len(rows) * x.shape[1] < LEAST_SHARED else 1
+    return rows @ x if n_pieces == 1 else torch.cat([some @ x for some in rows.chunk(n_pieces)])
 
 
 def _image(rows: Tensor) -> Tensor:
@@ -114,7 +121,7 @@ def _rows(image: Tensor) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _convolve(x, len(weight), LEAST):
-        if bias is None or _linear is None or not _lay_out(x, len(weight)):
+        if bias is None or _linear is None or torch.compiler.is_compiling() or not _lay_out(x, len(weight)):
             return F.linear(x, weight, bias)
         return _linear(x, weight, bias, "none", [], "")
     return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))

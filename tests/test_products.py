@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 import torch
 from conftest import assert_equal, random_tokens
+from functorch.compile import make_boxed_func
 from networks import SMALL, tiny_model
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,6 +149,9 @@ def test_a_convolution_is_taken_from_the_sizes_where_it_is_faster(here, dtype):
     assert not is_ours(wide(x[1:]))
 
 
+COUNTED = {"mm", "addmm", "_linear_pointwise", "convolution", "transposed"}
+
+
 class Seen(TorchDispatchMode):
     """Counts the products that reach torch's kernels."""
 
@@ -155,7 +160,7 @@ class Seen(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (name := func.overloadpacket.__name__) in ("mm", "addmm", "_linear_pointwise", "convolution", "copy_"):
+        if (name := func.overloadpacket.__name__) in COUNTED:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -182,9 +187,9 @@ def test_gradients_are_convolutions_from_sizes_of_their_own(here, dtype, rows, e
     ("outputs", "inputs", "expected"),
     [
         (768, 682, {"addmm": 1, "mm": 2}),
-        (768, 683, {"_linear_pointwise": 1, "mm": 3}),
-        (769, 768, {"_linear_pointwise": 1, "mm": 4}),
-        (1024, 1024, {"_linear_pointwise": 1, "mm": 2}),
+        (768, 683, {"_linear_pointwise": 1, "transposed": 1, "mm": 3}),
+        (769, 768, {"_linear_pointwise": 1, "transposed": 1, "mm": 4}),
+        (1024, 1024, {"_linear_pointwise": 1, "transposed": 1, "mm": 2}),
     ],
 )
 def test_with_amx_gradients_of_many_weights_are_made_of_a_copy_by_all_threads(monkeypatch, outputs, inputs, expected):
@@ -197,10 +202,27 @@ def test_with_amx_gradients_of_many_weights_are_made_of_a_copy_by_all_threads(mo
         linear.zero_grad()
         with Seen() as counted:
             linear(x.requires_grad_()).sum().backward()
-        counted.counts.pop("copy_", None)
         seen[way], gradients[way] = counted.counts, linear.weight.grad.float()
     assert seen == {native: expected, OFF["native"]: {"addmm": 1, "mm": 2}}
     assert_equal(*gradients.values(), NEAR[torch.bfloat16])
+
+
+@needs_amx
+def test_compiled_layers_have_such_gradients_too(monkeypatch):
+    monkeypatch.setattr(products, "LEAST_LAID_OUT", 1)
+    linear, x, grad = (
+        Linear(48, 40, dtype=torch.bfloat16),
+        *(torch.randn(30, n, dtype=torch.bfloat16) for n in (48, 40)),
+    )
+    expected = outputs_and_gradients(linear, x, grad)
+    seen = []
+    keep = lambda graph, _: seen.append(graph.code) or make_boxed_func(graph.forward)
+    compiled = torch.compile(linear, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    linear.zero_grad()
+    found = outputs_and_gradients(compiled, x, grad)
+    assert ["sash.transposed" in code for code in seen] == [False, True]
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one.float(), other.float(), NEAR[torch.bfloat16])
 
 
 @needs_amx
@@ -213,6 +235,7 @@ def test_what_is_transposed_is_the_same_numbers(n_threads, shape, threads):
     for rows in (wide[:, 5 : 5 + C], wide[:, :C].T.contiguous().T):
         found = products._transposed(rows)
         assert torch.equal(found.view(torch.int16), rows.T.view(torch.int16))
+    torch.library.opcheck(products._transposed, (torch.randn(N, C).bfloat16(),))  # for estimates of memory, too
 
 
 @needs_amx
@@ -278,7 +301,7 @@ def test_compiled_code_multiplies_as_the_compiler_wants(dtype):
     linear, x = Linear(8, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
     assert is_ours(linear(x))
     seen = []
-    torch.compile(linear, backend=lambda graph, _: seen.append(graph.code) or graph.forward)(x)
+    torch.compile(linear, backend=lambda graph, _: seen.append(graph.print_readable(False)) or graph.forward)(x)
     assert len(seen) == 1
     assert "linear" in seen[0]
     assert "conv" not in seen[0]
