@@ -20,8 +20,8 @@ from model.processor import convolves
 LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}  # rows, multiplications: measured
 LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # for their gradients
 LEAST_LAID_OUT = 1 << 19  # weights from which on gradients are made of a transposed copy
-LEAST_SHARED = 1 << 20  # results: of fewer oneDNN leaves a product of many rows to one thread
-FEW_ROWS = 384  # of which it does not
+LEAST_SHARED = 1 << 20  # results: of fewer oneDNN leaves a product to one thread,
+FEW_ROWS, MANY_ROWS = 384, 1024  # but not of up to 384 rows or from 1024 on
 
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN adds the bias; F.linear copies it to each row
 
@@ -106,8 +106,9 @@ def _room_of_transposed(rows: Tensor) -> Tensor:
 
 def _in_pieces(rows: Tensor, x: Tensor) -> Tensor:
     """(O, N) times (N, I) -> (O, I), with all threads."""
-    n_pieces = -(-len(rows) // FEW_ROWS) if len(rows) * x.shape[1] < LEAST_SHARED else 1
-    return rows @ x if n_pieces == 1 else torch.cat([some @ x for some in rows.chunk(n_pieces)])
+    if len(rows) * x.shape[1] >= LEAST_SHARED or not FEW_ROWS < len(rows) < MANY_ROWS:
+        return rows @ x
+    return torch.cat([some @ x for some in rows.chunk(-(-len(rows) // FEW_ROWS))])
 
 
 def _image(rows: Tensor) -> Tensor:

@@ -189,11 +189,14 @@ def test_gradients_are_convolutions_from_sizes_of_their_own(here, dtype, rows, e
         (768, 682, {"addmm": 1, "mm": 2}),
         (768, 683, {"_linear_pointwise": 1, "transposed": 1, "mm": 3}),
         (769, 768, {"_linear_pointwise": 1, "transposed": 1, "mm": 4}),
-        (1024, 1024, {"_linear_pointwise": 1, "transposed": 1, "mm": 2}),
+        (1023, 1024, {"_linear_pointwise": 1, "transposed": 1, "mm": 4}),
+        (1023, 1026, {"_linear_pointwise": 1, "transposed": 1, "mm": 2}),
+        (1024, 1000, {"_linear_pointwise": 1, "transposed": 1, "mm": 2}),
+        (384, 1400, {"_linear_pointwise": 1, "transposed": 1, "mm": 2}),
     ],
 )
 def test_with_amx_gradients_of_many_weights_are_made_of_a_copy_by_all_threads(monkeypatch, outputs, inputs, expected):
-    """In pieces of 384 rows where there are fewer than 2^20 of them; biases are not copied to each row first."""
+    """In pieces of 384 rows where oneDNN would leave them to one; biases are not copied to each row first."""
     linear, x = Linear(inputs, outputs, dtype=torch.bfloat16), torch.randn(40, inputs, dtype=torch.bfloat16)
     seen, gradients = {}, {}
     for way in (native, OFF["native"]):
