@@ -122,7 +122,7 @@ def _rows(image: Tensor) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _convolve(x, len(weight), LEAST):
-        if bias is None or _linear is None or torch.compiler.is_compiling() or not _lay_out(x, len(weight)):
+        if bias is None or _linear is None or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
         return _linear(x, weight, bias, "none", [], "")
     return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))
