@@ -139,6 +139,9 @@ class ModelConfig(Section):
         "auto", description="of attention without a cache: sdpa, tiles, amx, flex, masked; auto: the fastest"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and on what each sublayer adds")
+    z_loss: float = Field(
+        0.0, ge=0, description="training minimises z_loss * log(Z)**2 too, which no loss that is shown contains"
+    )
     without: str | None = Field(
         None, description="what of a published design is left out here: then no parameters and FLOPs are stated"
     )

@@ -112,9 +112,9 @@ class GPT(nn.Module):
                 cache.advance(step)
             if last_only:
                 x = x[:, -1:] if lengths is None else _last_real(x, lengths)  # (B, 1, C)
-            x, cap = self.ln_f(x), self.config.logit_softcap
+            x, cap, z_loss = self.ln_f(x), self.config.logit_softcap, self.config.z_loss
             if targets is not None:
-                return cross_entropy(x, self.lm_head.weight, targets, reduction, softcap=cap)
+                return cross_entropy(x, self.lm_head.weight, targets, reduction, softcap=cap, z_loss=z_loss)
             logits = decode.product(self.lm_head, x) if step.fused else self.lm_head(x)
             return logits if cap is None else cap * torch.tanh(logits / cap)
 

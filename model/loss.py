@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.native import native
 from model.products import times, times_transposed, transposed_times
 
 CHUNK_ELEMENTS = 1 << 27  # logits that exist at a time: with fewer, adding up the head's gradient costs time
@@ -111,8 +112,11 @@ def _loss_and_slope(
 ) -> Tensor:
     """The loss (n,) of (n, V) logits; with weights (n,), the logits become their own gradient, in place.
 
-    On a CPU a few rows at a time, all in the same memory, so that what lies between stays in its caches.
+    On a CPU a few rows at a time, all in the same memory, so that what lies between stays in its caches; with AMX a row
+    in C++, of which only sums lie between.
     """
+    if logits.is_cpu and logits.dtype == torch.bfloat16 and softcap is None and native() is not None:
+        return _in_cpp(logits, targets, weights, z_loss)
     n = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     wide = torch.promote_types(logits.dtype, torch.float32)
     room = torch.empty(2, min(n, len(logits)), logits.shape[1], dtype=wide, device=logits.device)
@@ -145,3 +149,21 @@ def _rows(
         p.scatter_add_(1, at, -scale)
         logits.copy_(p if slope is None else p.mul_(slope))
     return (log_z - goal) * real
+
+
+@torch.library.custom_op("sash::loss_and_slope", mutates_args=("logits",))
+def _in_cpp(logits: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float) -> Tensor:
+    """The same by model/cpp/loss.cpp."""
+    n, V = logits.shape
+    if n and not int(targets.max()) < V:
+        raise IndexError(f"target {int(targets.max())} is not one of {V} tokens")
+    losses, targets = targets.new_empty(n, dtype=torch.float32), targets.long().contiguous()
+    weights = None if weights is None else weights.contiguous()
+    loaded = native()
+    assert loaded is not None
+    places = (None if x is None else x.data_ptr() for x in (losses, logits, targets, weights))
+    loaded.loss_and_slope(*places, n, V, z_loss, torch.get_num_threads())
+    return losses
+
+
+_in_cpp.register_fake(lambda logits, targets, *_: targets.new_empty(len(targets), dtype=torch.float32))

@@ -22,10 +22,11 @@ def _load() -> ctypes.CDLL | None:
     try:
         loaded = library(Path(__file__).parent / "cpp")
     except BuildError as error:
-        print(f"note: attention and gradients do without C++ for AMX, and are slower: {error}", file=sys.stderr)
+        print(f"note: attention, gradients and the loss do without C++, and are slower: {error}", file=sys.stderr)
         return None
     for function in (loaded.call_bytes, loaded.ask, loaded.forward_bytes, loaded.backward_bytes):
         function.restype = ctypes.c_long
-    place, number = ctypes.c_void_p, ctypes.c_long
-    loaded.transpose.argtypes = (place, number, place, number, number, number, ctypes.c_int)
+    place, number, n_threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    loaded.transpose.argtypes = (place, number, place, number, number, number, n_threads)
+    loaded.loss_and_slope.argtypes = (place, place, place, place, number, number, ctypes.c_float, n_threads)
     return loaded if loaded.ask() == 0 else None

@@ -66,6 +66,7 @@ VALUES = {  # what hypothesis may put in the place of that; some of it is wrong 
     "init_std": [0.02, None],
     "kernel": ["auto", "sdpa", "tiles", "amx", "masked", "flex"],
     "dropout": [0.0, 0.3],
+    "z_loss": [0.0, 0.01],
     "without": [None, "its experts"],
 }
 

@@ -271,6 +271,16 @@ def test_soft_capped_logits_and_their_loss_are_of_the_same_cap():
     assert_equal(model(idx, targets).double(), expected, 1e-6)
 
 
+def test_z_loss_is_minimised_and_not_shown():
+    model, idx, targets = tiny_model(tiny_config(z_loss=0.1)), random_tokens(B, T), random_tokens(B, T, seed=9)
+    loss, logits = model(idx, targets), model(idx)
+    plain = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert_equal(loss.double(), plain, 1e-6)
+    both = plain + 0.1 * logits.logsumexp(-1).square().mean()
+    for got, expected in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, both)), strict=True):
+        assert_equal(got, expected, 1e-6)
+
+
 def test_scaled_embeddings_are_longer_by_the_root_of_their_width():
     model, idx = tiny_model(tiny_config(scale_embeddings=True, tie_embeddings=False)), random_tokens(B, T)
     longer = same_weights(tiny_config(tie_embeddings=False), model)

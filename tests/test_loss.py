@@ -10,8 +10,10 @@ from networks import tiny_config, tiny_model
 
 import model.loss
 from model.loss import cross_entropy
+from model.native import native
 
 B, T, C, V = 3, 7, 5, 31
+needs_amx = pytest.mark.skipif(native() is None, reason="needs AMX and a compiler")
 
 
 @pytest.fixture
@@ -42,6 +44,26 @@ def test_loss_and_gradients_equal_plain_cross_entropy(problem, reduction):
     for actual, expected in zip(
         torch.autograd.grad((ours * weighting).sum(), (x, weight)),
         torch.autograd.grad((plain * weighting).sum(), (x, weight)),
+        strict=True,
+    ):
+        assert_equal(actual, expected)
+
+
+@pytest.mark.usefixtures("chunk_elements")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_z_loss_is_in_the_gradients_alone(problem, reduction, softcap):
+    x, weight, targets = problem
+    logits = (x @ weight.T).flatten(0, 1)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    plain = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    z = 0.1 * logits.logsumexp(1).square() * (targets.flatten() != -100)
+    ours = cross_entropy(x, weight, targets, reduction, softcap=softcap, z_loss=0.1)
+    weighting = 1 / (targets != -100).double().sum() if reduction == "mean" else torch.linspace(1, 2, len(z)).double()
+    assert_equal(ours, (plain * weighting).sum() if reduction == "mean" else plain.view(B, T))
+    for actual, expected in zip(
+        torch.autograd.grad(ours if reduction == "mean" else (ours.flatten() * weighting).sum(), (x, weight)),
+        torch.autograd.grad(((plain + z) * weighting).sum(), (x, weight)),
         strict=True,
     ):
         assert_equal(actual, expected)
@@ -120,3 +142,76 @@ def test_uniform_guess_costs_log_of_the_vocabulary(problem):
 def test_a_target_that_is_all_but_impossible_has_its_loss():
     x, head = torch.tensor([[1.0]]), torch.tensor([[0.0], [300.0], [0.0]])
     assert cross_entropy(x, head, torch.tensor([2])).item() == pytest.approx(300)
+
+
+@needs_amx
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("words", [1, 15, 16, 17, 31, 32, 300, 4099])
+def test_rows_in_cpp_equal_exact_ones(words, z_loss):
+    logits = (8 * torch.randn(13, words)).bfloat16()
+    logits[8] -= 300
+    targets, weights = torch.randint(words, (13,)), torch.linspace(-1, 2, 13)
+    targets[3], targets[5], targets[6] = words - 1, 0, -100
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, targets, reduction="none")
+    z = z_loss * exact.logsumexp(1).square() * (targets != -100)
+    ((losses + z) * weights).sum().backward()
+    assert_equal(model.loss._loss_and_slope(logits, targets, None, None, z_loss).double(), losses.detach(), 2e-5)
+    assert_equal(model.loss._loss_and_slope(logits, targets, weights, None, z_loss).double(), losses.detach(), 2e-5)
+    assert ((logits - exact.grad).abs() <= exact.grad.abs() / 256 + 1e-6).all()  # rounded to bfloat16, no more
+
+
+@needs_amx
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_loss_in_cpp_equals_the_one_without(problem, reduction, monkeypatch):
+    x, weight, targets = (p if p.dtype == torch.long else p.detach().bfloat16().requires_grad_() for p in problem)
+
+    def loss_and_gradients():
+        loss = cross_entropy(x, weight, targets, reduction)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), (x, weight))  # the sum's gradient is one number for all
+
+    calls, in_cpp = [], model.loss._in_cpp
+    monkeypatch.setattr(model.loss, "_in_cpp", lambda *args: calls.append(1) or in_cpp(*args))
+    ours = loss_and_gradients()
+    assert calls
+    monkeypatch.setattr(model.loss, "native", lambda: None)
+    for got, expected in zip(ours, loss_and_gradients(), strict=True):
+        assert_equal(got.double(), expected.double(), 1e-2)
+    assert len(calls) == (1 if reduction == "mean" else 2)
+
+
+@needs_amx
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so_in_cpp(bad):
+    logits = torch.zeros(2, 40).bfloat16()
+    logits[1, 33] = bad
+    losses = model.loss._loss_and_slope(logits, torch.tensor([4, 4]), None, None, 0.0)
+    assert losses[0].item() == pytest.approx(math.log(40))
+    assert losses[1].isnan()
+
+
+@needs_amx
+def test_no_rows_have_no_losses_in_cpp():
+    logits, targets = torch.zeros(0, 40).bfloat16(), torch.zeros(0, dtype=torch.long)
+    assert model.loss._loss_and_slope(logits, targets, torch.zeros(0), None, 0.0).shape == (0,)
+
+
+@needs_amx
+def test_a_target_beyond_the_vocabulary_is_refused_in_cpp():
+    with pytest.raises(IndexError, match="target 40 is not one of 40 tokens"):
+        model.loss._loss_and_slope(torch.zeros(2, 40).bfloat16(), torch.tensor([4, 40]), None, None, 0.0)
+
+
+@needs_amx
+def test_what_the_cpp_does_not_know_goes_without(monkeypatch):
+    monkeypatch.setattr(model.loss, "_in_cpp", None)
+    for dtype, softcap in ((torch.bfloat16, 3.0), (torch.float32, None)):
+        losses = model.loss._loss_and_slope(torch.zeros(2, 40, dtype=dtype), torch.tensor([4, 5]), None, softcap, 0.0)
+        assert losses.tolist() == pytest.approx([math.log(40)] * 2)
+
+
+@needs_amx
+def test_the_loss_in_cpp_is_an_operator():
+    logits, targets = torch.randn(5, 40).bfloat16(), torch.tensor([4, 5, -100, 39, 0])
+    for weights in (None, torch.rand(5)):
+        torch.library.opcheck(model.loss._in_cpp, (logits, targets, weights, 0.1))  # for estimates of memory, too
