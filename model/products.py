@@ -19,7 +19,7 @@ from model.processor import convolves
 
 LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}  # rows, multiplications: measured
 LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # for their gradients
-LEAST_LAID_OUT = 1 << 19  # weights from which on gradients are made of a transposed copy
+LEAST_LAID_OUT = 1 << 19, 3 << 28  # weights, multiplications: from both on gradients are made of a transposed copy
 LEAST_SHARED = 1 << 20  # results: of fewer oneDNN leaves a product to one thread,
 FEW_ROWS, MANY_ROWS = 384, 1024  # but not of up to 384 rows or from 1024 on
 
@@ -80,9 +80,10 @@ def _convolve(x: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int]])
 
 def _lay_out(x: Tensor, others: int) -> bool:
     """Whether the gradient of weights between C and `others`, of (..., C), is made faster of a transposed copy."""
-    if not x.is_cpu or x.dtype != torch.bfloat16:
+    least_weights, least = LEAST_LAID_OUT
+    if not x.is_cpu or x.dtype != torch.bfloat16 or x.shape[-1] * others < least_weights:
         return False
-    return x.shape[-1] * others >= LEAST_LAID_OUT and native() is not None
+    return x.numel() * others >= least and native() is not None
 
 
 @torch.library.custom_op("sash::transposed", mutates_args=())

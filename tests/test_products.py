@@ -43,7 +43,7 @@ def dtype(request, monkeypatch, threads) -> torch.dtype:
     """What is multiplied in each of the ways, however small the product, whatever the machine."""
     for sizes in ("LEAST", "LEAST_OF_WEIGHTS"):
         monkeypatch.setattr(products, sizes, dict.fromkeys(NEAR, (1, 1)))
-    monkeypatch.setattr(products, "LEAST_LAID_OUT", 1)
+    monkeypatch.setattr(products, "LEAST_LAID_OUT", (1, 1))
     monkeypatch.setattr(products, "FEW_ROWS", 3)
     way, dtype = WAYS[request.param]
     monkeypatch.setattr(products, "convolves", lambda: way == "convolves")
@@ -197,7 +197,7 @@ def test_gradients_are_convolutions_from_sizes_of_their_own(here, dtype, rows, e
 )
 def test_with_amx_gradients_of_many_weights_are_made_of_a_copy_by_all_threads(monkeypatch, outputs, inputs, expected):
     """In pieces of 384 rows where oneDNN would leave them to one; biases are not copied to each row first."""
-    linear, x = Linear(inputs, outputs, dtype=torch.bfloat16), torch.randn(40, inputs, dtype=torch.bfloat16)
+    linear, x = Linear(inputs, outputs, dtype=torch.bfloat16), torch.randn(1600, inputs, dtype=torch.bfloat16)
     seen, gradients = {}, {}
     for way in (native, OFF["native"]):
         monkeypatch.setattr(products, "native", way)
@@ -211,8 +211,18 @@ def test_with_amx_gradients_of_many_weights_are_made_of_a_copy_by_all_threads(mo
 
 
 @needs_amx
+@pytest.mark.parametrize(("rows", "laid_out"), [(1365, 0), (1366, 1)])
+def test_with_amx_gradients_of_few_rows_are_not_made_of_a_copy(monkeypatch, rows, laid_out):
+    monkeypatch.setattr(products, "convolves", OFF["convolves"])
+    linear, x = Linear(768, 768, dtype=torch.bfloat16), torch.randn(rows, 768, dtype=torch.bfloat16)
+    with Seen() as seen:
+        linear(x).sum().backward()
+    assert seen.counts["transposed"] == laid_out
+
+
+@needs_amx
 def test_compiled_layers_have_such_gradients_too(monkeypatch):
-    monkeypatch.setattr(products, "LEAST_LAID_OUT", 1)
+    monkeypatch.setattr(products, "LEAST_LAID_OUT", (1, 1))
     linear, x, grad = (
         Linear(48, 40, dtype=torch.bfloat16),
         *(torch.randn(30, n, dtype=torch.bfloat16) for n in (48, 40)),
@@ -243,7 +253,7 @@ def test_what_is_transposed_is_the_same_numbers(n_threads, shape, threads):
 
 @needs_amx
 def test_without_gradients_there_is_nothing_to_lay_out(monkeypatch):
-    monkeypatch.setattr(products, "LEAST_LAID_OUT", 1)
+    monkeypatch.setattr(products, "LEAST_LAID_OUT", (1, 1))
     monkeypatch.setattr(products, "convolves", OFF["convolves"])
     linear, x = Linear(8, 6, dtype=torch.bfloat16), torch.randn(4, 8, dtype=torch.bfloat16)
     y = linear(x)
