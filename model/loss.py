@@ -153,7 +153,7 @@ def _rows(
 
 @torch.library.custom_op("sash::loss_and_slope", mutates_args=("logits",))
 def _in_cpp(logits: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float) -> Tensor:
-    """The same by model/cpp/loss.cpp."""
+    """The same by model/cpp/loss.cpp, of contiguous rows."""
     n, V = logits.shape
     if n and not int(targets.max()) < V:
         raise IndexError(f"target {int(targets.max())} is not one of {V} tokens")
@@ -162,7 +162,7 @@ def _in_cpp(logits: Tensor, targets: Tensor, weights: Tensor | None, z_loss: flo
     loaded = native()
     assert loaded is not None
     places = (None if x is None else x.data_ptr() for x in (losses, logits, targets, weights))
-    loaded.loss_and_slope(*places, n, V, z_loss, torch.get_num_threads())
+    loaded.loss_and_slope(*places, n, V, IGNORED, z_loss, torch.get_num_threads())
     return losses
 
 

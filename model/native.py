@@ -28,5 +28,5 @@ def _load() -> ctypes.CDLL | None:
         function.restype = ctypes.c_long
     place, number, n_threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     loaded.transpose.argtypes = (place, number, place, number, number, number, n_threads)
-    loaded.loss_and_slope.argtypes = (place, place, place, place, number, number, ctypes.c_float, n_threads)
+    loaded.loss_and_slope.argtypes = (place,) * 4 + (number,) * 3 + (ctypes.c_float, n_threads)
     return loaded if loaded.ask() == 0 else None

@@ -5,15 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equal, random_tokens
+from conftest import assert_equal, needs_amx, random_tokens
 from networks import tiny_config, tiny_model
 
 import model.loss
 from model.loss import cross_entropy
-from model.native import native
 
 B, T, C, V = 3, 7, 5, 31
-needs_amx = pytest.mark.skipif(native() is None, reason="needs AMX and a compiler")
 
 
 @pytest.fixture
@@ -56,14 +54,16 @@ def test_z_loss_is_in_the_gradients_alone(problem, reduction, softcap):
     x, weight, targets = problem
     logits = (x @ weight.T).flatten(0, 1)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    real = targets.flatten() != -100
+    reduced = lambda losses: losses.sum() / real.sum() if reduction == "mean" else losses.view(B, T)
     plain = F.cross_entropy(logits, targets.flatten(), reduction="none")
-    z = 0.1 * logits.logsumexp(1).square() * (targets.flatten() != -100)
     ours = cross_entropy(x, weight, targets, reduction, softcap=softcap, z_loss=0.1)
-    weighting = 1 / (targets != -100).double().sum() if reduction == "mean" else torch.linspace(1, 2, len(z)).double()
-    assert_equal(ours, (plain * weighting).sum() if reduction == "mean" else plain.view(B, T))
+    assert_equal(ours, reduced(plain))
+    minimised = reduced(plain + 0.1 * logits.logsumexp(1).square() * real)
+    weighting = torch.linspace(1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
     for actual, expected in zip(
-        torch.autograd.grad(ours if reduction == "mean" else (ours.flatten() * weighting).sum(), (x, weight)),
-        torch.autograd.grad(((plain + z) * weighting).sum(), (x, weight)),
+        torch.autograd.grad((ours * weighting).sum(), (x, weight)),
+        torch.autograd.grad((minimised * weighting).sum(), (x, weight)),
         strict=True,
     ):
         assert_equal(actual, expected)
@@ -188,6 +188,14 @@ def test_what_is_not_finite_stays_so_in_cpp(bad):
     losses = model.loss._loss_and_slope(logits, torch.tensor([4, 4]), None, None, 0.0)
     assert losses[0].item() == pytest.approx(math.log(40))
     assert losses[1].isnan()
+
+
+@needs_amx
+def test_targets_of_any_layout_and_width_in_cpp():
+    logits, targets = torch.randn(5, 40).bfloat16(), torch.tensor([4, 5, -100, 39, 0])
+    expected = F.cross_entropy(logits.float(), targets, reduction="none")
+    for same in (targets.int(), targets.repeat_interleave(2)[::2]):
+        assert_equal(model.loss._loss_and_slope(logits, same, None, None, 0.0), expected, 2e-5)
 
 
 @needs_amx

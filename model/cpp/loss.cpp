@@ -14,8 +14,8 @@ template <class F>
 void each(const bf16* row, long V, F f) {
     for (long v = 0; v < V; v += LANES) {
         __mmask16 there = V - v < LANES ? (1 << (V - v)) - 1 : 0xffff;
-        __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, row + v)), 16);
-        f(v, there, _mm512_mul_ps((__m512)wide, _mm512_set1_ps(M_LOG2E)));
+        __m512 x = widened(_mm256_maskz_loadu_epi16(there, row + v));
+        f(v, there, _mm512_mul_ps(x, _mm512_set1_ps(M_LOG2E)));
     }
 }
 
@@ -35,16 +35,16 @@ void put(bf16* to, __mmask16 there, __m512 x) { _mm256_mask_storeu_epi16(to, the
 
 }  // namespace
 
-// (n, V) logits -> the loss of each row, 0 where its target is negative. With what each row's loss weighs, logits
+// (n, V) logits -> the loss of each row, 0 where its target is `ignored`. With what each row's loss weighs, logits
 // become the gradient, to which z_loss log(Z)^2 adds its own.
 extern "C" void loss_and_slope(float* losses, bf16* logits, const int64_t* targets, const float* weights, long n, long V,
-                               float z_loss, int n_threads) {
+                               long ignored, float z_loss, int n_threads) {
 #pragma omp parallel for num_threads(n_threads)
     for (long i = 0; i < n; i++) {
         bf16* row = logits + i * V;
-        const bool real = targets[i] >= 0;
+        const bool real = targets[i] != ignored;
         const long goal = std::max<int64_t>(targets[i], 0);
-        const float z = log_z(row, V), x = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(row[goal] << 16)));
+        const float z = log_z(row, V), x = _mm512_cvtss_f32(widened(_mm256_set1_epi16(row[goal])));
         losses[i] = real * (z - x * float(M_LOG2E)) * float(M_LN2);
         if (!weights) continue;
         const float weight = real * weights[i], of_all = weight * (1 + 2 * z_loss * z * float(M_LN2));

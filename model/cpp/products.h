@@ -66,9 +66,9 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(y, x);
 }
 
-inline __m512 widened(const bf16* x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
-}
+inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+inline __m512 widened(const bf16* x) { return widened(_mm256_loadu_si256((const __m256i*)x)); }
 
 // Two vectors in bfloat16, one behind the other.
 inline __m512i rounded(__m512 a, __m512 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
