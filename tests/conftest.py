@@ -27,15 +27,15 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.cost import cache_bytes
 from model.gpt import GPT
-from model.kernels.amx import serves
 from model.memory import PeakMemory
+from model.native import native
 from model.optim import Optimizers
 
 pytest_plugins = ["studies", "evaluated", "planted", "training", "exported"]  # what only some of the tests share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 keep_compiled_code()  # before anything imports torch's compiler, which would settle on a place of its own
-serves(32, torch.device("cpu"), torch.bfloat16)  # what this compiles at first no test is to wait for, or to read about
+native()  # what this compiles at first no test is to wait for, or to read about
 torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where the machine is busy
 settings.register_profile("sash", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.register_profile("long", settings.get_profile("sash"), derandomize=False, max_examples=500)
@@ -43,6 +43,7 @@ settings.load_profile("sash")
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG"  # how such a file begins
+needs_amx = pytest.mark.skipif(native() is None, reason="needs AMX and a C++ compiler")
 PATIENCE_S = 300  # with a process: it ends what hangs, and is far more than a busy machine needs
 
 

@@ -5,6 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import needs_amx
 from torch import Tensor
 
 import model.native
@@ -15,7 +16,6 @@ from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 
 CPU, B = torch.device("cpu"), 2
-needs_amx = pytest.mark.skipif(not serves(64, CPU, torch.bfloat16), reason="no AMX, or no C++ compiler")
 LIMIT = 0.01  # of the norm; rounding alone makes 0.002 to 0.004
 OF_ROW = 0.03  # of what a query gets: of 127 values one more or less makes 0.09
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import assert_equal, random_tokens
+from conftest import assert_equal, needs_amx, random_tokens
 from functorch.compile import make_boxed_func
 from networks import SMALL, tiny_model
 from torch import nn
@@ -35,7 +35,6 @@ WAYS = {
     "copy": ("native", torch.bfloat16),
 }
 OFF = {"convolves": lambda: False, "native": lambda: None}
-needs_amx = pytest.mark.skipif(native() is None, reason="needs AMX and a compiler")
 
 
 @pytest.fixture(params=[pytest.param(way, marks=needs_amx) if way == "copy" else way for way in WAYS])
