@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import UserError
-from model.kernels.amx import amx, serves
+from model.cpu.amx import amx, serves
 from model.kernels.flex import block_mask, flex
 from model.kernels.scores import Shape, masked_scores, one_query
 from model.kernels.tiles import block_size, tiles

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from model.build import keep_compiled_code
+from model.cpu.cpp_build import keep_compiled_code
 from model.device import Runtime, Switch, no_compiling
 from model.errors import UserError
 from model.kernels.sums import with_sums

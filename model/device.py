@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model import processor
-from model.build import compiler, keep_compiled_code
+from model.cpu import processor
+from model.cpu.cpp_build import compiler, keep_compiled_code
 from model.errors import UserError
-from model.products import times
+from model.cpu.matmul import times
 
 DType = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]

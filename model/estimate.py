@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.kernels import amx, tiles
+from model.kernels import tiles
+from model.cpu import amx
 from model.optim import OptimizerName, Optimizers, make_optimizers
 
 # Operators that hold more inside than their results, and which of their arguments is q: of a backward not the first.

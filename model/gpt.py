@@ -18,7 +18,7 @@ from model.layers import MLP, make_norm
 from model.loss import cross_entropy
 from model.mixers import MIXERS
 from model.mixers.contract import MixerSpec
-from model.products import Linear, to_product_dtype
+from model.cpu.matmul import Linear, to_product_dtype
 from model.step import PADDING, Step
 
 

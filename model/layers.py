@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.products import Linear
+from model.cpu.matmul import Linear
 
 NormName = Literal["rmsnorm", "rmsnorm+1", "layernorm"]
 MLPName = Literal["swiglu", "geglu", "gelu", "gelu-tanh", "relu2"]

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.native import native
-from model.products import times, times_transposed, transposed_times
+from model.cpu.cpp_ops import native
+from model.cpu.matmul import times, times_transposed, transposed_times
 
 CHUNK_ELEMENTS = 1 << 27  # logits that exist at a time: with fewer, adding up the head's gradient costs time
 CACHED_ELEMENTS = 1 << 20  # of them, those that a CPU works on at a time between two matrix products

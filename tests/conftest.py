@@ -22,13 +22,13 @@ from configs.program import exit_with_one_line
 from configs.run_dir import RunDir
 from configs.schema import RunConfig
 from data.tokenizer import make_tokenizer
-from model.build import keep_compiled_code
+from model.cpu.cpp_build import keep_compiled_code
 from model.cache import Cache
 from model.config import ModelConfig
 from model.cost import cache_bytes
 from model.gpt import GPT
 from model.memory import PeakMemory
-from model.native import native
+from model.cpu.cpp_ops import native
 from model.optim import Optimizers
 
 pytest_plugins = ["studies", "evaluated", "planted", "training", "exported"]  # what only some of the tests share

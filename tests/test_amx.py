@@ -8,10 +8,10 @@ import torch
 from conftest import needs_amx
 from torch import Tensor
 
-import model.native
+import model.cpu.cpp_ops
 from model.attend import attend, kernel_name
-from model.build import BuildError
-from model.kernels.amx import amx, serves, work_bytes
+from model.cpu.cpp_build import BuildError
+from model.cpu.amx import amx, serves, work_bytes
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
 
@@ -179,9 +179,9 @@ def test_what_cannot_be_compiled_is_said_once_and_tiles_take_its_place(monkeypat
     def library(_):
         raise BuildError("no C++ compiler here")
 
-    monkeypatch.setattr(model.native, "has_amx", lambda: True)
-    monkeypatch.setattr(model.native, "library", library)
-    monkeypatch.setattr(model.native, "_loaded", {})
+    monkeypatch.setattr(model.cpu.cpp_ops, "has_amx", lambda: True)
+    monkeypatch.setattr(model.cpu.cpp_ops, "library", library)
+    monkeypatch.setattr(model.cpu.cpp_ops, "_loaded", {})
     assert not serves(64, CPU, torch.bfloat16)
     spec = AttentionSpec(n_embd=8, n_head=2, n_kv_head=2, head_dim=32, window=30)
     assert kernel_name(spec, 90, CPU, torch.bfloat16) == "tiles"
@@ -194,9 +194,9 @@ def test_it_serves_where_the_processor_has_it_and_the_system_grants_it(monkeypat
     names = ("call_bytes", "forward_bytes", "backward_bytes", "transpose", "loss_and_slope")
     functions = {name: Mock() for name in names}
     library = SimpleNamespace(**functions, ask=Mock(return_value=0 if granted else -1))
-    monkeypatch.setattr(model.native, "has_amx", lambda: has)
-    monkeypatch.setattr(model.native, "library", lambda _: library)
-    monkeypatch.setattr(model.native, "_loaded", {})
+    monkeypatch.setattr(model.cpu.cpp_ops, "has_amx", lambda: has)
+    monkeypatch.setattr(model.cpu.cpp_ops, "library", lambda _: library)
+    monkeypatch.setattr(model.cpu.cpp_ops, "_loaded", {})
     assert serves(64, CPU, torch.bfloat16) == (has and granted)
     for head_dim, device, dtype in (
         (48, "cpu", torch.bfloat16),

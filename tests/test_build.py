@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model import build
-from model.build import BuildError, compiler, library
+from model.cpu import cpp_build as build
+from model.cpu.cpp_build import BuildError, compiler, library
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 

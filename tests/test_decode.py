@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from networks import by_kind, designs, tiny_config, tiny_model
 from torch import Tensor
 
-from model import decode, processor
+from model import decode
+from model.cpu import processor
 from model.gpt import GPT
 from model.kernels.sums import with_sums
 from model.mixers import MIXERS

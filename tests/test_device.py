@@ -12,7 +12,8 @@ import torch
 from conftest import run_program
 from networks import tiny_config, tiny_model
 
-from model import device, processor
+from model import device
+from model.cpu import processor
 from model.device import COMPILE_FROM_FLOPS, compile_blocks, matmul_rate, resolve
 from model.errors import UserError
 

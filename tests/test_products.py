@@ -12,10 +12,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import products
+from model.cpu import matmul as products
 from model.config import ModelConfig
-from model.native import native
-from model.products import Linear, times, times_transposed, transposed_times
+from model.cpu.cpp_ops import native
+from model.cpu.matmul import Linear, times, times_transposed, transposed_times
 
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 WIDE = {torch.bfloat16: (1024, 512, 256), torch.float32: (64, 1024, 512)}  # the least rows, inputs, outputs

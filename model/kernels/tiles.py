@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.room import KeySums, Room, Tile
-from model.processor import has_avx512_bf16
+from model.cpu.processor import has_avx512_bf16
 from model.visible import sees
 
 ALIGN = 32  # keys of a tile are a multiple of this: vectors without a rest

@@ -20,7 +20,7 @@ from model.cache import KVCache, empty_kv, kv_bytes, n_slots
 from model.in_cache import rotate_by_place
 from model.layers import NORMS
 from model.positions import Rope, rotate
-from model.products import Linear
+from model.cpu.matmul import Linear
 from model.sparse import Sparse
 from model.step import Step
 from model.visible import n_visible

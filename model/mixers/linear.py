@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.products import Linear
+from model.cpu.matmul import Linear
 from model.step import PADDING, Step
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from model.build import keep_compiled_code
+from model.cpu.cpp_build import keep_compiled_code
 from model.config import ModelConfig
 from scripts.convert.fit import fitting
 

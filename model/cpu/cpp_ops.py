@@ -4,8 +4,8 @@ import ctypes
 import sys
 from pathlib import Path
 
-from model.build import BuildError, library
-from model.processor import has_amx
+from model.cpu.cpp_build import BuildError, library
+from model.cpu.processor import has_amx
 
 _loaded: dict[str, ctypes.CDLL | None] = {}  # once it is there, torch.compile does not look into _load
 

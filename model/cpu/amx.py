@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.native import native
+from model.cpu.cpp_ops import native
 
 TASKS = 4  # of a thread in the forward, at least
 

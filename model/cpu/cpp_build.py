@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from model import processor
+from model.cpu import processor
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
