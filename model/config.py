@@ -8,14 +8,14 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from model.attend import Kernel
+from model.attention.dispatch import Kernel
 from model.checks import check_patterns, check_rope, check_tables
 from model.layers import GATED, MLPName, NormName
 from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
 from model.mixers.contract import MixerSpec
-from model.positions import Rope, Scaling
-from model.sparse import Sparse
+from model.attention.rope import Rope, Scaling
+from model.attention.sparse import Sparse
 
 Position = Literal["rope", "learned", "alibi", "none"]
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.kernels import tiles
+from model.attention.kernels import tiles
 from model.cpu import amx
 from model.optim import OptimizerName, Optimizers, make_optimizers
 

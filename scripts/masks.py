@@ -25,7 +25,7 @@ from model.gpt import GPT
 from model.mixers.attention import Attention, AttentionSpec
 from model.mixers.contract import MixerSpec
 from model.mixers.windows import MultiWindowSpec
-from model.visible import visible
+from model.attention.mask import visible
 from scripts.report import save_figure
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of "

@@ -9,7 +9,7 @@ from conftest import needs_amx
 from torch import Tensor
 
 import model.cpu.cpp_ops
-from model.attend import attend, kernel_name
+from model.attention.dispatch import attend, kernel_name
 from model.cpu.cpp_build import BuildError
 from model.cpu.amx import amx, serves, work_bytes
 from model.memory import measure_peak

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import assert_equal
 from torch import Tensor
 
-import model.attend
-from model.attend import attend, kernel_name, visible
+import model.attention.dispatch
+from model.attention.dispatch import attend, kernel_name, visible
 from model.errors import UserError
 from model.mixers.attention import AttentionSpec
 from model.step import EMPTY, PADDING
@@ -172,7 +172,7 @@ def test_scores_exist_in_pieces_that_change_nothing(monkeypatch, limit):
     spec, pos = make_spec(window=4, n_sink=1, softcap=0.7, alibi=True), torch.arange(T).expand(B, -1)
     qkv = make_qkv(spec)
     whole = attend(*qkv, pos, pos, spec)
-    monkeypatch.setattr(model.attend, "MASK_ELEMENTS", limit)
+    monkeypatch.setattr(model.attention.dispatch, "MASK_ELEMENTS", limit)
     assert_equal(attend(*qkv, pos, pos, spec), whole)
 
 
@@ -208,7 +208,7 @@ def test_tiles_of_queries_change_nothing(monkeypatch, limit):
     spec = make_spec(window=4, n_sink=1)
     qkv, pos = make_qkv(spec), torch.arange(T).expand(B, -1)
     untiled = attend(*qkv, pos, pos, spec).detach()
-    monkeypatch.setattr(model.attend, "MASK_ELEMENTS", limit)
+    monkeypatch.setattr(model.attention.dispatch, "MASK_ELEMENTS", limit)
     assert_same_with_gradients(lambda: attend(*qkv, pos, pos, spec), lambda: attend_by_loops(*qkv, pos, pos, spec), qkv)
     assert_equal(attend(*qkv, pos, pos, spec), untiled)
 
@@ -228,7 +228,7 @@ def sdpa_calls(monkeypatch) -> list[dict]:
 
 def test_masks_stay_below_their_limit(monkeypatch, sdpa_calls):
     spec, limit = make_spec(window=4), 200
-    monkeypatch.setattr(model.attend, "MASK_ELEMENTS", limit)
+    monkeypatch.setattr(model.attention.dispatch, "MASK_ELEMENTS", limit)
     pos = torch.arange(T).expand(B, -1)
     attend(*make_qkv(spec), pos, pos, spec)
     assert len(sdpa_calls) > 1
@@ -241,8 +241,8 @@ def test_masks_stay_below_their_limit(monkeypatch, sdpa_calls):
 def test_kernel_name_is_what_ran(sdpa_calls, monkeypatch, window, contiguous, n_kv_head):
     spec, pos = make_spec(window=window, n_kv_head=n_kv_head), torch.arange(T)[None]
     tiled = []
-    original = model.attend.tiles
-    monkeypatch.setattr(model.attend, "tiles", lambda *args: tiled.append(args) or original(*args))
+    original = model.attention.dispatch.tiles
+    monkeypatch.setattr(model.attention.dispatch, "tiles", lambda *args: tiled.append(args) or original(*args))
     attend(*make_qkv(spec), pos, pos, spec, contiguous=contiguous)
     name = kernel_name(spec, T, CPU, torch.float64, contiguous=contiguous)
     assert bool(tiled) == (name == "tiles")

@@ -11,12 +11,12 @@ from networks import designs, tiny_config, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model.attend
+import model.attention.dispatch
 from model.config import ModelConfig
 from model.cost import cache_bytes, n_params, train_flops
 from model.gpt import GPT
 from model.mixers.attention import AttentionSpec
-from model.visible import visible
+from model.attention.mask import visible
 
 B, T = 3, 13
 
@@ -55,7 +55,7 @@ def counted_flops(config: ModelConfig, *, backward: bool) -> int:
     """What PyTorch counts for one batch when attention is two matrix products over all T x T pairs."""
     network, idx = tiny_model(config), random_tokens(B, T)
     masked = patch.object(
-        model.attend, "kernel_name", lambda spec, *_, **__: "masked-scores" if spec.shapes_scores else "masked"
+        model.attention.dispatch, "kernel_name", lambda spec, *_, **__: "masked-scores" if spec.shapes_scores else "masked"
     )
     with masked, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         logits = network(idx)

@@ -11,9 +11,9 @@ import torch
 from conftest import assert_equal, logits_in_chunks, random_tokens
 from networks import tiny_config, tiny_model
 
-from model import positions
+from model.attention import rope as positions
 from model.memory import measure_peak
-from model.positions import Rope, angles, angles_in_integers
+from model.attention.rope import Rope, angles, angles_in_integers
 from model.sampling import Sampler, prefill, stream
 
 CPU = torch.device("cpu")

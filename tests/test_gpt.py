@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
 from model.layers import RMSNorm, RMSNormPlusOne, rms_norm
-from model.positions import Rope, rotate
+from model.attention.rope import Rope, rotate
 from model.step import Step
 
 B, T = 3, 13

@@ -7,15 +7,15 @@ import torch
 from conftest import assert_equal
 from torch import Tensor
 
-import model.attend
-import model.kernels.tiles
-from model.attend import attend, kernel_name
-from model.kernels.flex import block_mask
-from model.kernels.tiles import block_size, tiles, work_bytes
+import model.attention.dispatch
+import model.attention.kernels.tiles
+from model.attention.dispatch import attend, kernel_name
+from model.attention.kernels.flex import block_mask
+from model.attention.kernels.tiles import block_size, tiles, work_bytes
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
-from model.positions import alibi_slopes
-from model.visible import visible
+from model.attention.rope import alibi_slopes
+from model.attention.mask import visible
 
 B, H, K, D = 2, 6, 2, 4
 CUDA = pytest.mark.gpu
@@ -48,7 +48,7 @@ def judged(inputs: list[Tensor], grad: Tensor, spec: AttentionSpec) -> list[Tens
 @pytest.fixture(params=[False, True], ids=["no AMX", "AMX"])
 def amx(request, monkeypatch) -> bool:
     half = (torch.device("cpu"), torch.bfloat16)
-    monkeypatch.setattr(model.attend, "serves", lambda head_dim, *here: request.param and here == half)
+    monkeypatch.setattr(model.attention.dispatch, "serves", lambda head_dim, *here: request.param and here == half)
     return request.param
 
 
@@ -127,7 +127,7 @@ def test_a_chunk_over_a_cache_goes_in_tiles_where_they_are_faster(amx):
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 @pytest.mark.parametrize("limit", [1, 3000])
 def test_tiles_in_parts_equal_the_masked_form(monkeypatch, kv_heads, limit):
-    monkeypatch.setattr(model.kernels.tiles, "TILE_BYTES", limit)
+    monkeypatch.setattr(model.attention.kernels.tiles, "TILE_BYTES", limit)
     inputs, grad = make_qkv(29, kv_heads=kv_heads)
     spec = make_spec(window=5, n_sink=2, n_kv_head=kv_heads)
     for actual, expected in zip(
@@ -155,7 +155,7 @@ def test_chosen_kernel_equals_the_masked_form(dtype, window, T):
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 @pytest.mark.parametrize(("window", "n_sink"), [(5, 2), (29, 0)])
 def test_tiles_of_shaped_scores_equal_the_masked_form(monkeypatch, window, n_sink, kv_heads, limit):
-    monkeypatch.setattr(model.kernels.tiles, "TILE_BYTES", limit)
+    monkeypatch.setattr(model.attention.kernels.tiles, "TILE_BYTES", limit)
     qkv, grad = make_qkv(29, kv_heads=kv_heads)
     shape = {"scale": 0.8, "softcap": 1.5, "alibi": True, "sink_logit": True}
     spec, pos = make_spec(window=window, n_sink=n_sink, n_kv_head=kv_heads, **shape), torch.arange(29)[None]
@@ -258,7 +258,7 @@ def test_a_window_of_one_text_holds_no_more_than_fused_full_attention(dtype, T):
 
 @pytest.mark.parametrize("vectors", [False, True])
 def test_blocks_of_half_types_are_wider_where_fused_attention_holds_more(monkeypatch, vectors):
-    monkeypatch.setattr(model.kernels.tiles, "has_avx512_bf16", lambda: vectors)
+    monkeypatch.setattr(model.attention.kernels.tiles, "has_avx512_bf16", lambda: vectors)
     sizes = {window: block_size(window, torch.bfloat16) for window in (1, 256, 512, 9999)}
     assert sizes == {1: 96 if vectors else 64, 256: 96 if vectors else 64, 512: 128, 9999: 256}
     assert block_size(9999, torch.float32) == 64

@@ -6,7 +6,7 @@ from conftest import assert_equal, random_tokens, save_run
 from networks import tiny_config, tiny_model
 
 from model.mixers.attention import Attention
-from model.visible import visible
+from model.attention.mask import visible
 from scripts import masks
 from scripts.masks import weights_of
 

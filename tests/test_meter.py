@@ -13,7 +13,7 @@ from model.device import resolve
 from model.memory import step_bytes
 from model.meter import Meter
 from model.sampling import Sampler, stream
-from model.visible import visible
+from model.attention.mask import visible
 
 SLIDING = {"pattern": "swa full", "window": 4, "n_sink": 2}
 

@@ -6,9 +6,9 @@ from conftest import assert_equal, random_tokens
 from networks import tiny_config, tiny_model
 
 import model.mixers.attention
-from model.attend import attend
+from model.attention.dispatch import attend
 from model.observe import attention_to_first
-from model.visible import visible
+from model.attention.mask import visible
 
 T = 13
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import assert_equal
 
-from model.positions import Rope, alibi_slopes, rotate
+from model.attention.rope import Rope, alibi_slopes, rotate
 
 CPU = torch.device("cpu")
 

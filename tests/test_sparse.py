@@ -5,11 +5,11 @@ import torch
 from conftest import assert_equal, cut, logits_in_chunks, random_tokens
 from networks import tiny_config, tiny_model
 
-from model.attend import kernel_name
+from model.attention.dispatch import kernel_name
 from model.cost import cache_bytes, train_flops
 from model.errors import UserError
-from model.sparse import Sparse
-from model.visible import visible
+from model.attention.sparse import Sparse
+from model.attention.mask import visible
 
 T, L, W = 29, 4, 3
 DESIGNS = {

@@ -7,7 +7,7 @@ from networks import tiny_config, tiny_model
 
 from model.cost import cache_bytes
 from model.gpt import GPT
-from model.visible import visible
+from model.attention.mask import visible
 from scripts.masks import weights_of
 
 T = 13

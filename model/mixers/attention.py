@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from model.attend import attend, kernel_name, prepare
+from model.attention.dispatch import attend, kernel_name, prepare
 from model.cache import KVCache, empty_kv, kv_bytes, n_slots
-from model.in_cache import rotate_by_place
+from model.attention.in_cache import rotate_by_place
 from model.layers import NORMS
-from model.positions import Rope, rotate
+from model.attention.rope import Rope, rotate
 from model.cpu.matmul import Linear
-from model.sparse import Sparse
+from model.attention.sparse import Sparse
 from model.step import Step
-from model.visible import n_visible
+from model.attention.mask import n_visible
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -42,7 +42,7 @@ class AttentionSpec:
     n_sink: int = 0  # first tokens that stay visible whatever the window
     sparse: Sparse | None = None  # what is visible beside the window
     rope: Rope | None = None  # None: no rotation
-    rope_in_cache: bool = False  # keys are kept as they are and rotated by place, see model.in_cache
+    rope_in_cache: bool = False  # keys are kept as they are and rotated by place, see model.attention.in_cache
     alibi: bool = False  # scores fall with distance, by a slope of each head's own (2108.12409)
     scale: float | None = None  # what scores are multiplied by; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # c: scores are c tanh(scores / c) (2408.00118)
@@ -52,7 +52,7 @@ class AttentionSpec:
     norm: Literal["rmsnorm", "rmsnorm+1"] = "rmsnorm"  # which one that is
     norm_eps: float = 1e-6
     bias: Literal["none", "qkv", "all"] = "none"
-    kernel: str = "auto"  # of self-attention without a cache, see model.attend
+    kernel: str = "auto"  # of self-attention without a cache, see model.attention.dispatch
 
     @property
     def shapes_scores(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.program import at_least
-from model.attend import attend, kernel_name, prepare
+from model.attention.dispatch import attend, kernel_name, prepare
 from model.device import Runtime, resolve
 from model.errors import UserError
 from model.memory import measure_peak

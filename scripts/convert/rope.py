@@ -3,7 +3,7 @@
 from typing import Any
 
 from model.errors import UserError
-from model.positions import Rope
+from model.attention.rope import Rope
 
 Values = dict[str, Any]
 LLAMA3: Values = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all its models

@@ -5,7 +5,7 @@ from typing import Any
 
 from model.errors import UserError
 from model.gpt import GPT
-from model.positions import Scaling
+from model.attention.rope import Scaling
 from model.streaming import same_weights
 from scripts.probes.options import Options
 from scripts.probes.perplexity import read

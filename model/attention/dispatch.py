@@ -31,12 +31,12 @@ from torch import Tensor
 
 from model.errors import UserError
 from model.cpu.amx import amx, serves
-from model.kernels.flex import block_mask, flex
-from model.kernels.scores import Shape, masked_scores, one_query
-from model.kernels.tiles import block_size, tiles
-from model.positions import alibi_slopes
+from model.attention.kernels.flex import block_mask, flex
+from model.attention.kernels.scores import Shape, masked_scores, one_query
+from model.attention.kernels.tiles import block_size, tiles
+from model.attention.rope import alibi_slopes
 from model.step import Step
-from model.visible import visible
+from model.attention.mask import visible
 
 if TYPE_CHECKING:
     from model.mixers.attention import AttentionSpec

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.positions import rotate
+from model.attention.rope import rotate
 from model.step import Step
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What the tiles of `model.kernels.tiles` hold, one after the other in the same memory.
+"""What the tiles of `model.attention.kernels.tiles` hold, one after the other in the same memory.
 
 Dimensions: as there: B batch, K KV heads, R query heads of each, T time, D head_dim, b block, S sinks and the learned
 one, L keys of the band, N = B K.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from model.visible import sees
+from model.attention.mask import sees
 
 
 @lru_cache(maxsize=32)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.room import KeySums, Room, Tile
+from model.attention.kernels.workspace import KeySums, Room, Tile
 from model.cpu.processor import has_avx512_bf16
-from model.visible import sees
+from model.attention.mask import sees
 
 ALIGN = 32  # keys of a tile are a multiple of this: vectors without a rest
 TILE_BYTES = 4 << 20  # of scores that exist at a time: batch and heads go in parts of this size

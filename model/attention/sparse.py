@@ -1,4 +1,4 @@
-"""Patterns of who sees whom that are no window: all by positions, all causal, for `model.visible` to ask.
+"""Patterns of who sees whom that are no window: all by positions, all causal, for `model.attention.mask` to ask.
 
 strided, stride 3      fixed, stride 3, 1 summary   star, blocks of 3, context 8   window 2, global 1
 x                      x                            x                              x

@@ -1,1 +1,0 @@
-"""Kernels of contiguous self-attention, beside torch's own; `model.attend` chooses among them."""
