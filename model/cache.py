@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.int8 import to_int8
-from model.step import EMPTY, Step
+from model.context import EMPTY, Step
 
 SCALE = torch.bfloat16  # of what is kept in int8
 

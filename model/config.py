@@ -13,7 +13,7 @@ from model.checks import check_patterns, check_rope, check_tables
 from model.layers import GATED, MLPName, NormName
 from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
-from model.mixers.contract import MixerSpec
+from model.mixers.base import MixerSpec
 from model.attention.rope import Rope, Scaling
 from model.attention.sparse import Sparse
 

@@ -20,7 +20,7 @@ from model.device import Runtime, Switch, no_compiling
 from model.errors import UserError
 from model.kernels.sums import with_sums
 from model.memory import step_bytes
-from model.step import Step
+from model.context import Step
 
 if TYPE_CHECKING:
     from model.cache import LayerState

@@ -17,9 +17,9 @@ from model.errors import UserError
 from model.layers import MLP, make_norm
 from model.loss import cross_entropy
 from model.mixers import MIXERS
-from model.mixers.contract import MixerSpec
+from model.mixers.base import MixerSpec
 from model.cpu.matmul import Linear, to_product_dtype
-from model.step import PADDING, Step
+from model.context import PADDING, Step
 
 
 class Block(nn.Module):

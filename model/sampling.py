@@ -14,7 +14,7 @@ from torch import Tensor
 from model.cache import Cache
 from model.decode import compiled
 from model.gpt import GPT
-from model.mix import mix
+from model.hash32 import mix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ from data.tokenizer import Tokenizer
 from model.errors import UserError
 from model.gpt import GPT
 from model.mixers.attention import Attention, AttentionSpec
-from model.mixers.contract import MixerSpec
-from model.mixers.windows import MultiWindowSpec
+from model.mixers.base import MixerSpec
+from model.mixers.multi_window import MultiWindowSpec
 from model.attention.mask import visible
 from scripts.report import save_figure
 

@@ -13,7 +13,7 @@ import model.attention.dispatch
 from model.attention.dispatch import attend, kernel_name, visible
 from model.errors import UserError
 from model.mixers.attention import AttentionSpec
-from model.step import EMPTY, PADDING
+from model.context import EMPTY, PADDING
 
 B, H, T, D = 3, 6, 9, 4
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.cache import KVCache, n_slots, slot_positions
 from model.errors import UserError
-from model.step import EMPTY, PADDING, Step
+from model.context import EMPTY, PADDING, Step
 
 K, D = 2, 5
 

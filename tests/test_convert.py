@@ -16,7 +16,7 @@ import train
 from configs.run_dir import RunDir
 from data.exchange import read_tokenizer_json, write_tokenizer_json
 from data.tokenizer import Tokenizer, make_tokenizer
-from model.step import Step
+from model.context import Step
 from scripts.convert import __main__ as convert
 
 each_design = pytest.mark.parametrize("name", DESIGNS)

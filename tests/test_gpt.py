@@ -15,7 +15,7 @@ from model.errors import UserError
 from model.gpt import GPT
 from model.layers import RMSNorm, RMSNormPlusOne, rms_norm
 from model.attention.rope import Rope, rotate
-from model.step import Step
+from model.context import Step
 
 B, T = 3, 13
 DEPTH = {"n_layer": 5, "window": 4, "n_sink": 1}

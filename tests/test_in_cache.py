@@ -13,7 +13,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.mixers.attention import Attention
-from model.step import Step
+from model.context import Step
 
 B, T, W = 3, 23, 4
 LOOSE = 1e-6  # cos and sin are float32, and different positions give the same distance

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import generate
 import train
 from model.mixers.linear import CHUNK, LinearAttention, LinearSpec, chunked
-from model.step import Step
+from model.context import Step
 
 B, H, D, E = 2, 3, 4, 5
 

@@ -35,7 +35,7 @@ from model.attention.kernels.flex import block_mask, flex
 from model.attention.kernels.scores import Shape, masked_scores, one_query
 from model.attention.kernels.tiles import block_size, tiles
 from model.attention.rope import alibi_slopes
-from model.step import Step
+from model.context import Step
 from model.attention.mask import visible
 
 if TYPE_CHECKING:

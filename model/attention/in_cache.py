@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.rope import rotate
-from model.step import Step
+from model.context import Step
 
 if TYPE_CHECKING:
     from model.mixers.attention import AttentionSpec

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.step import PADDING
+from model.context import PADDING
 
 if TYPE_CHECKING:
     from model.mixers.attention import AttentionSpec

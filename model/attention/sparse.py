@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.mix import mix
+from model.hash32 import mix
 
 Rule = Literal["strided", "fixed", "star", "global"]
 

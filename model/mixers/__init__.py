@@ -2,12 +2,12 @@
 
 A mixer is a module with `spec_from(config, kind, nth)`, which says all its numbers in a frozen record; `Mixer(spec)`;
 `forward(x, step, cache=None)`, (B, T, C) -> (B, T, C); and `new_cache(batch_size, max_length, device, dtype, rolling)`,
-its own state object (`model.cache.LayerState`). The record counts: `model.mixers.contract.MixerSpec`.
+its own state object (`model.cache.LayerState`). The record counts: `model.mixers.base.MixerSpec`.
 """
 
 from model.mixers.attention import Attention
 from model.mixers.linear import LinearAttention
-from model.mixers.windows import MultiWindowAttention
+from model.mixers.multi_window import MultiWindowAttention
 
 MIXERS: dict[str, type[Attention | MultiWindowAttention | LinearAttention]] = {
     **dict.fromkeys(("full", "swa", "strided", "fixed", "star"), Attention),

@@ -22,7 +22,7 @@ from model.layers import NORMS
 from model.attention.rope import Rope, rotate
 from model.cpu.matmul import Linear
 from model.attention.sparse import Sparse
-from model.step import Step
+from model.context import Step
 from model.attention.mask import n_visible
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cpu.matmul import Linear
-from model.step import PADDING, Step
+from model.context import PADDING, Step
 
 if TYPE_CHECKING:
     from model.config import ModelConfig

@@ -15,7 +15,7 @@ from model.device import Runtime, resolve
 from model.errors import UserError
 from model.memory import measure_peak
 from model.mixers.attention import AttentionSpec
-from model.step import Step
+from model.context import Step
 from scripts.bench.timing import Measured, exponent, ratio, refuse_unfused, save, take_turns
 from scripts.report import new_figure, save_figure
 

@@ -14,7 +14,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.device import Runtime
 from model.gpt import GPT
-from model.step import Step
+from model.context import Step
 from scripts.bench.peers import transformers_twin
 from scripts.convert.families import attention_of
 

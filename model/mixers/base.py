@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from model.step import Step
+from model.context import Step
 
 
 class MixerSpec(Protocol):

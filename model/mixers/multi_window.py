@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.cache import KVCache
 from model.mixers.attention import Attention, AttentionSpec
-from model.step import Step
+from model.context import Step
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
