@@ -17,18 +17,19 @@ from configs.load import from_command_line
 from configs.program import exit_with_one_line, stop_signals
 from configs.run_dir import Metrics, RunDir, environment
 from configs.schema import RunConfig
-from configs.trainer import DivergedError, Progress, Trainer
+from training.trainer import DivergedError, Progress, Trainer
 from data.loader import TrainLoader, ahead
 from data.prepare import Prepared, prepare
 from data.tokenizer import Tokenizer
-from model import checkpoint, cost, parallel
+from model import checkpoint, cost
+from training import distributed as parallel
 from model.config import describe_layers
 from model.device import Runtime, compile_blocks, matmul_rate, memory_at_hand, resolve
 from model.errors import UserError
-from model.estimate import rows_that_fit
+from training.estimate import rows_that_fit
 from model.gpt import GPT
-from model.optim import make_optimizers
-from model.parallel import Replica, World
+from training.optim import make_optimizers
+from training.distributed import Replica, World
 
 MEMORY_TO_FILL = 0.8  # of what a CUDA device has: the estimate knows neither its kernels' work space nor fragments
 CACHE_LENGTHS = (32_768,)  # beside block_size, where summary.json states the bytes of the KV cache

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from model.errors import UserError
-from model.parallel import rank
+from training.distributed import rank
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ from model.checkpoint import Checkpoint
 from model.device import Runtime
 from model.errors import UserError
 from model.gpt import GPT
-from model.optim import Optimizers
-from model.parallel import ALONE, World
+from training.optim import Optimizers
+from training.distributed import ALONE, World
 from model.tensors import CheckpointKind
 
 MAY_CHANGE = (  # on resume: none of them is part of the experiment

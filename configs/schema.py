@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from model.config import ModelConfig, Section
 from model.device import DType, Switch
 from model.errors import UserError
-from model.optim import OptimizerName, Schedule
-from model.parallel import Parallel
+from training.optim import OptimizerName, Schedule
+from training.distributed import Parallel
 from model.tensors import CheckpointKind
 
 KEPT_AND_SHOWN: dict[str, Any] = {
@@ -75,14 +75,14 @@ class OptimConfig(Section):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What `model.optim.make_optimizers` takes."""
+        """What `training.optim.make_optimizers` takes."""
         adamw_lr = self.adamw_lr or (5e-3 if self.optimizer == "muon" else 1e-3)
         shared = self.model_dump(include={"optimizer", "muon_lr", "base_width", "betas", "weight_decay"})
         return shared | {"adamw_lr": adamw_lr}
 
     @property
     def schedule_numbers(self) -> dict[str, Any]:
-        """What `model.optim.lr_factor` takes beside the step."""
+        """What `training.optim.lr_factor` takes beside the step."""
         return self.model_dump(include={"schedule", "warmup_steps", "decay_fraction", "final_lr"})
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from model import tensors
 from model.errors import UserError
-from model.optim import Optimizers
-from model.parallel import ALONE, World
+from training.optim import Optimizers
+from training.distributed import ALONE, World
 from model.tensors import CheckpointKind
 
 FORMAT = 1

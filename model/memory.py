@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from model.optim import Optimizers
-from model.parallel import local
+from training.optim import Optimizers
+from training.distributed import local
 
 if TYPE_CHECKING:
     from model.gpt import GPT

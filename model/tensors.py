@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.errors import UserError
-from model.parallel import World, like, whole
+from training.distributed import World, like, whole
 
 CheckpointKind = Literal["whole", "sharded"]
 

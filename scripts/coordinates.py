@@ -23,7 +23,7 @@ from data.prepare import Prepared, prepare
 from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
-from model.optim import make_optimizers
+from training.optim import make_optimizers
 from scripts.bench.timing import exponent
 from scripts.report.figure import legend, new_figure, save_figure
 from scripts.report.tables import table

@@ -17,7 +17,7 @@ from model import cost
 from model.config import ModelConfig, describe_layers
 from model.device import resolve
 from model.errors import UserError
-from model.estimate import train_peak
+from training.estimate import train_peak
 
 VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 LENGTHS = (1_024, 8_192, 32_768, 131_072)

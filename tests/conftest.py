@@ -29,7 +29,7 @@ from model.cost import cache_bytes
 from model.gpt import GPT
 from model.memory import PeakMemory
 from model.cpu.cpp_ops import native
-from model.optim import Optimizers
+from training.optim import Optimizers
 
 pytest_plugins = ["studies", "evaluated", "planted", "training", "exported"]  # what only some of the tests share
 
@@ -224,7 +224,7 @@ def unmeasured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 def unmeasured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare each run the profiler, which takes longer than its training."""
     nothing = lambda device, held=(): nullcontext(PeakMemory(method="not measured"))
-    monkeypatch.setattr("configs.trainer.measure_peak", nothing)
+    monkeypatch.setattr("training.trainer.measure_peak", nothing)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from conftest import save_run
 
 from configs.run_dir import RunDir
 from model.gpt import GPT
-from model.optim import Optimizers
+from training.optim import Optimizers
 from scripts.convert import __main__ as convert
 
 T, W = 29, 8  # more than three windows

@@ -18,7 +18,7 @@ from model import checkpoint, tensors
 from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
-from model.optim import Optimizers
+from training.optim import Optimizers
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 

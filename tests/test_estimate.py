@@ -4,10 +4,10 @@ import pytest
 import torch
 from networks import tiny_config
 
-from model.estimate import train_peak
+from training.estimate import train_peak
 from model.gpt import GPT
 from model.memory import measure_peak, training_tensors
-from model.optim import make_optimizers
+from training.optim import make_optimizers
 from scripts import memory
 
 SHAPES = {

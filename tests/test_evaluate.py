@@ -14,7 +14,7 @@ from data.loader import Tokens, eval_batches
 from data.prepare import prepare
 from data.tokenizer import make_tokenizer
 from model.device import resolve
-from model.evaluate import Evaluation, evaluate
+from training.evaluate import Evaluation, evaluate
 
 RUNTIME = resolve("cpu", "float32", "off")
 ONE_BYTE = np.ones(31, dtype=np.int32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import command_line, run_program
 from safetensors import SafetensorError
-from training import losses
+from training_runs import losses
 
 import train
 from configs.run_dir import RunDir

@@ -15,7 +15,7 @@ from configs.run_dir import RunDir
 from data.tokenizer import make_tokenizer
 from model import cost
 from model.cache import KVCache
-from model.optim import Optimizers
+from training.optim import Optimizers
 from model.sampling import Sampler, stream
 
 BYTE = make_tokenizer("byte")

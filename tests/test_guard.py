@@ -8,8 +8,8 @@ import torch
 from conftest import random_tokens
 from networks import tiny_config, tiny_model
 
-from model.guard import LEAST_SPREAD, WARM_UP, WEIGHT, StepGuard
-from model.optim import Optimizers, make_optimizers
+from training.loss_spikes import LEAST_SPREAD, WARM_UP, WEIGHT, StepGuard
+from training.optim import Optimizers, make_optimizers
 
 CPU = torch.device("cpu")
 NUMBERS = {"muon_lr": 0.02, "adamw_lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE_S, Ended, command_line, run_config, run_program, start_program
-from training import assert_same
+from training_runs import assert_same
 
 import train
 from configs.run_dir import RunDir

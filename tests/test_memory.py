@@ -13,7 +13,7 @@ from torch import nn
 import train
 from model import memory
 from model.memory import PeakMemory, device_peak, measure_peak, process_peak_bytes, total_bytes, training_tensors
-from model.optim import Optimizers
+from training.optim import Optimizers
 
 CPU = torch.device("cpu")
 KB = 256  # float32 numbers in 1024 bytes

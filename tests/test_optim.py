@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from networks import tiny_config, tiny_model
 
 from configs.schema import OptimConfig
-from model import muon
-from model.optim import lr_factor, make_optimizers
+from training import muon
+from training.optim import lr_factor, make_optimizers
 
 SCHEDULES = ("cosine", "trapezoid", "constant")
 

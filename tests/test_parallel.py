@@ -11,7 +11,7 @@ from conftest import command_line, run_config, run_program, run_values
 import train
 from configs.run_dir import RunDir
 from model.errors import UserError
-from model.parallel import World
+from training.distributed import World
 
 STEPS = 20
 CONSTANT = {"schedule": "constant", "warmup_steps": 3}

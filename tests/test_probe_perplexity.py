@@ -10,7 +10,7 @@ from evaluated import LINE, figures, loaded, nats
 
 from configs.run_dir import RunDir
 from data.loader import IGNORED, TokenArray, eval_batches, stream_hash
-from model.evaluate import LossByPosition
+from training.evaluate import LossByPosition
 from scripts import evaluate as script
 from scripts.probes import subject
 from scripts.probes.results import FILE

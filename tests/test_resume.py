@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import command_line, run_config
-from training import assert_same
+from training_runs import assert_same
 
 import train
-from configs import trainer
+from training import trainer
 from configs.background import Background
 from configs.run_dir import Metrics, RunDir
 from configs.schema import RunConfig

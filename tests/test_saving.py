@@ -12,7 +12,7 @@ from configs.background import Background
 from configs.run_dir import RunDir
 from model import checkpoint
 from model.errors import UserError
-from model.optim import Optimizers
+from training.optim import Optimizers
 
 
 def tiny_training() -> tuple[torch.nn.Module, Optimizers]:

@@ -4,7 +4,7 @@ import math
 import shutil
 
 import pytest
-from training import content, losses
+from training_runs import content, losses
 
 from data.loader import TrainLoader
 

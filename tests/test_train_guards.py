@@ -4,7 +4,7 @@ import math
 
 import pytest
 from conftest import command_line
-from training import content, evaluations_find, losses
+from training_runs import content, evaluations_find, losses
 
 import train
 from configs.run_dir import RunDir

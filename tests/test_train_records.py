@@ -5,13 +5,13 @@ import math
 from itertools import pairwise
 
 import pytest
-from training import evaluations_find, losses
+from training_runs import evaluations_find, losses
 
-from configs import trainer
+from training import trainer
 from data.prepare import prepare
 from model import cost
 from model.memory import measure_peak
-from model.optim import Optimizers, lr_factor
+from training.optim import Optimizers, lr_factor
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

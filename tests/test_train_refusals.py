@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import command_line, run_config, run_program, sentences
-from training import content, losses
+from training_runs import content, losses
 
 import train
 from data.prepare import prepare

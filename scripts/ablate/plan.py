@@ -7,7 +7,7 @@ from configs.run_dir import RunDir
 from configs.schema import RunConfig
 from model import cost
 from model.device import Runtime, matmul_rate, resolve
-from model.estimate import train_peak
+from training.estimate import train_peak
 from scripts.ablate.runner import last_step
 from scripts.ablate.study import Cell
 from scripts.memory import with_known_vocabulary

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.device import Runtime, Switch, compile_blocks, matmul_rate, resolve
 from model.gpt import GPT
 from model.memory import measure_peak, training_tensors
-from model.optim import Optimizers
+from training.optim import Optimizers
 from model.cpu.matmul import Linear
 from scripts.bench.peers import transformers_twin
 from scripts.bench.timing import Measured, ratio, refuse_unfused, save, take_turns

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from data.loader import eval_batches, stream_hash
 from model.errors import UserError
-from model.evaluate import Evaluation, LossByPosition, evaluate
+from training.evaluate import Evaluation, LossByPosition, evaluate
 from model.gpt import GPT
 from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.muon import Muon
-from model.parallel import like
+from training.muon import Muon
+from training.distributed import like
 
 Schedule = Literal["cosine", "trapezoid", "constant"]
 OptimizerName = Literal["muon", "adamw"]

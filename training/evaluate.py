@@ -12,7 +12,7 @@ from torch import Tensor
 from model.device import Runtime
 from model.gpt import GPT
 from model.loss import IGNORED
-from model.parallel import ALONE, World
+from training.distributed import ALONE, World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.attention.kernels import tiles
 from model.cpu import amx
-from model.optim import OptimizerName, Optimizers, make_optimizers
+from training.optim import OptimizerName, Optimizers, make_optimizers
 
 # Operators that hold more inside than their results, and which of their arguments is q: of a backward not the first.
 WORK: dict[Any, tuple[Callable[..., int], int]] = {

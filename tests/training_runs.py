@@ -8,8 +8,8 @@ from conftest import run_config
 import train
 from configs.run_dir import RunDir
 from configs.schema import RunConfig
-from configs.trainer import Trainer
-from model.evaluate import Evaluation
+from training.trainer import Trainer
+from training.evaluate import Evaluation
 
 
 def losses(run: RunDir) -> list[float]:
