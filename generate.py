@@ -15,20 +15,20 @@ import torch
 import tyro
 from torch import Tensor
 
-from configs.generation import Options, read_prompts
+from inference.options import Options, read_prompts
 from configs.program import exit_with_one_line, out_of_memory, stop_signals
 from configs.run_dir import RunDir
 from data.tokenizer import Tokenizer
-from data.transcript import Transcript
-from model.agreement import agreement
-from model.decode import compiling
+from inference.transcript import Transcript
+from inference.cache_parity import agreement
+from inference.compiled_decode import compiling
 from model.device import Runtime, resolve
 from model.errors import UserError
 from model.gpt import GPT
-from model.meter import Meter
-from model.quantize import quantize
-from model.sampling import LogProbs, Sampler, pad_right, stream
-from model.streaming import through_window
+from inference.statistics import Meter
+from inference.quantize import quantize
+from inference.sampling import LogProbs, Sampler, pad_right, stream
+from inference.streaming import through_window
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest logit
 

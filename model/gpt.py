@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import decode
+from inference import compiled_decode as decode
 from model.cache import Cache, LayerState
 from model.config import ModelConfig
 from model.errors import UserError

@@ -14,7 +14,7 @@ from configs.run_dir import RunDir
 from model.checkpoint import write_json
 from model.device import resolve
 from model.memory import measure_peak
-from model.sampling import Sampler, prefill, stream
+from inference.sampling import Sampler, prefill, stream
 
 FILE = "measured.json"
 

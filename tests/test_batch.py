@@ -8,10 +8,10 @@ from conftest import ROOT, random_tokens
 from networks import tiny_config, tiny_model
 
 from configs.load import load
-from model.agreement import agreement
+from inference.cache_parity import agreement
 from model.cache import KVCache
 from model.gpt import GPT
-from model.sampling import Sampler, chunks, pad_right, stream
+from inference.sampling import Sampler, chunks, pad_right, stream
 
 W, N = 4, 14
 LENGTHS = [1, 3, 4, 5, 7, 8, 11, 3 * W]

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from networks import by_kind, designs, tiny_config, tiny_model
 from torch import Tensor
 
-from model import decode
+from inference import compiled_decode as decode
 from model.cpu import processor
 from model.gpt import GPT
-from model.kernels.sums import with_sums
+from inference.gemv import with_sums
 from model.mixers import MIXERS
-from model.sampling import Sampler, stream
+from inference.sampling import Sampler, stream
 
 T = 13
 SPARSE = {"sparse_block": 3, "n_summary": 1, "star_context": 8, "head_windows": (2, 5)}

@@ -14,7 +14,7 @@ from networks import tiny_config, tiny_model
 from model.attention import rope as positions
 from model.memory import measure_peak
 from model.attention.rope import Rope, angles, angles_in_integers
-from model.sampling import Sampler, prefill, stream
+from inference.sampling import Sampler, prefill, stream
 
 CPU = torch.device("cpu")
 W = 4

@@ -16,7 +16,7 @@ from data.tokenizer import make_tokenizer
 from model import cost
 from model.cache import KVCache
 from training.optim import Optimizers
-from model.sampling import Sampler, stream
+from inference.sampling import Sampler, stream
 
 BYTE = make_tokenizer("byte")
 

@@ -12,7 +12,7 @@ from conftest import CPU, PATIENCE_S, run_program, start_program
 import generate
 from configs.run_dir import RunDir
 from data.tokenizer import make_tokenizer
-from model.sampling import LogProbs
+from inference.sampling import LogProbs
 
 BYTE = make_tokenizer("byte")
 LINES = ["To be", "or", "x" * 13]

@@ -7,12 +7,12 @@ import torch
 from conftest import random_tokens
 from networks import tiny_config, tiny_model
 
-from model import meter as module
+from inference import statistics as module
 from model.cost import cache_bytes, n_params, read_bytes
 from model.device import resolve
 from model.memory import step_bytes
-from model.meter import Meter
-from model.sampling import Sampler, stream
+from inference.statistics import Meter
+from inference.sampling import Sampler, stream
 from model.attention.mask import visible
 
 SLIDING = {"pattern": "swa full", "window": 4, "n_sink": 2}

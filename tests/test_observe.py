@@ -7,7 +7,7 @@ from networks import tiny_config, tiny_model
 
 import model.mixers.attention
 from model.attention.dispatch import attend
-from model.observe import attention_to_first
+from inference.attention_mass import attention_to_first
 from model.attention.mask import visible
 
 T = 13

@@ -7,7 +7,7 @@ import pytest
 import torch
 from evaluated import figures, loaded, nats
 
-from model import streaming
+from inference import streaming
 from scripts import evaluate as script
 from scripts.probes.stream import sample
 

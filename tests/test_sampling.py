@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from networks import VOCAB, tiny_config, tiny_model
 from torch import Tensor
 
-from model import sampling
-from model.sampling import LogProbs, Sampler, gumbel, prefill, stream
+from inference import sampling
+from inference.sampling import LogProbs, Sampler, gumbel, prefill, stream
 
 N = 20_000
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)) * 1.5

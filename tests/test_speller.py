@@ -7,9 +7,9 @@ import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.speller import Speller
+from inference.detokenizer import Speller
 from data.tokenizer import Tokenizer, make_tokenizer
-from data.transcript import Transcript
+from inference.transcript import Transcript
 
 BYTE = make_tokenizer("byte")
 LETTERS = "ab猫\n"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.device import resolve
 from model.gpt import GPT
-from model.streaming import recomputed_losses, streamed_losses, through_window
+from inference.streaming import recomputed_losses, streamed_losses, through_window
 
 RUNTIME = resolve("cpu", "float32", "off")
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import assert_equal
 
 from model.int8 import to_int8
-from model.kernels.sums import int8_sums, sums, with_sums
+from inference.gemv import int8_sums, sums, with_sums
 
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # how near a result can be, of the largest
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from configs.program import at_least
 from model import cost
 from model.config import ModelConfig
-from model.decode import compiling
+from inference.compiled_decode import compiling
 from model.device import Runtime, Switch, memory_rate, resolve
 from model.gpt import GPT
 from model.memory import measure_peak, step_bytes
-from model.quantize import quantize
-from model.sampling import Sampler, stream
+from inference.quantize import quantize
+from inference.sampling import Sampler, stream
 from scripts.bench.decode_peers import Concatenated, Transformers
 from scripts.bench.timing import Measured, save
 from scripts.report import new_figure, save_figure
@@ -225,7 +225,7 @@ def line(row: dict[str, Any]) -> str:
 
 def perplexities(options: Options) -> list[dict[str, Any]]:
     """Of a trained run, streamed through its cache: as it is, with weights, with a cache, with both in 8 bits."""
-    from model.streaming import streamed_losses
+    from inference.streaming import streamed_losses
     from scripts.probes.subject import open_subject
 
     assert options.run is not None

@@ -4,7 +4,7 @@ import statistics
 
 from data.loader import eval_batches
 from model.errors import UserError
-from model.observe import attention_to_first
+from inference.attention_mass import attention_to_first
 from scripts.probes.options import Options
 from scripts.probes.results import Found, column, table
 from scripts.probes.subject import Subject

@@ -6,7 +6,7 @@ from typing import Any
 from model.errors import UserError
 from model.gpt import GPT
 from model.attention.rope import Scaling
-from model.streaming import same_weights
+from inference.streaming import same_weights
 from scripts.probes.options import Options
 from scripts.probes.perplexity import read
 from scripts.probes.results import Curve, Found, column, table

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from model.cpu.cpp_build import keep_compiled_code
 from model.device import Runtime, Switch, no_compiling
 from model.errors import UserError
-from model.kernels.sums import with_sums
+from inference.gemv import with_sums
 from model.memory import step_bytes
 from model.context import Step
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from data.speller import End, Speller
+from inference.detokenizer import End, Speller
 from data.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import Cache
-from model.decode import compiled
+from inference.compiled_decode import compiled
 from model.gpt import GPT
 from model.hash32 import mix
 

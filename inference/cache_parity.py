@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.gpt import GPT
-from model.sampling import chunks, pad_right
+from inference.sampling import chunks, pad_right
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
