@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inference.options import Options, read_prompts
 from configs.program import exit_with_one_line, out_of_memory, stop_signals
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.tokenizer import Tokenizer
 from inference.transcript import Transcript
 from inference.cache_parity import agreement

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from configs.background import Background
+from artifacts.background import Background
 from configs.load import from_command_line
 from configs.program import exit_with_one_line, stop_signals
-from configs.run_dir import Metrics, RunDir, environment
+from artifacts.run_dir import Metrics, RunDir, environment
 from configs.schema import RunConfig
 from training.trainer import DivergedError, Progress, Trainer
 from data.loader import TrainLoader, ahead
 from data.prepare import Prepared, prepare
 from data.tokenizer import Tokenizer
-from model import checkpoint, cost
+from model import cost
+from artifacts import checkpoint
 from training import distributed as parallel
 from model.config import describe_layers
 from model.device import Runtime, compile_blocks, matmul_rate, memory_at_hand, resolve

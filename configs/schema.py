@@ -10,7 +10,7 @@ from model.device import DType, Switch
 from model.errors import UserError
 from training.optim import OptimizerName, Schedule
 from training.distributed import Parallel
-from model.tensors import CheckpointKind
+from artifacts.safetensors_io import CheckpointKind
 
 KEPT_AND_SHOWN: dict[str, Any] = {
     "name": True,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.load import load
 from configs.program import exit_with_one_line
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.tokenizer import Tokenizer
 from model.errors import UserError
 from model.gpt import GPT

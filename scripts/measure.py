@@ -10,8 +10,8 @@ import torch
 import tyro
 
 from configs.program import at_least, exit_with_one_line
-from configs.run_dir import RunDir
-from model.checkpoint import write_json
+from artifacts.run_dir import RunDir
+from artifacts.checkpoint import write_json
 from model.device import resolve
 from model.memory import measure_peak
 from inference.sampling import Sampler, prefill, stream

@@ -19,7 +19,7 @@ from torch import Tensor
 import generate
 from configs.load import load
 from configs.program import exit_with_one_line
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from data.tokenizer import make_tokenizer
 from model.cpu.cpp_build import keep_compiled_code

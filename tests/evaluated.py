@@ -9,7 +9,7 @@ from conftest import run_config, save_run
 from torch import Tensor
 
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from model.gpt import GPT
 from scripts import evaluate as script
 from scripts.probes import subject

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import save_run
 
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from model.gpt import GPT
 from training.optim import Optimizers
 from scripts.convert import __main__ as convert

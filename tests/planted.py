@@ -9,7 +9,7 @@ import pytest
 from networks import SMALL
 
 from configs.load import load
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from model import cost
 from model.config import describe_layers
 from scripts.report.collect import STUDY

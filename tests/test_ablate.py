@@ -8,7 +8,7 @@ import pytest
 from studies import MEASURE, ablate, cells_of, results
 
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from scripts.ablate import runner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # programs that this process imported

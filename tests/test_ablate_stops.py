@@ -13,7 +13,7 @@ from conftest import PATIENCE_S, run_program, start_program
 from studies import MEASURE, ablate, cells_of, results
 
 from configs.program import stop_signals
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from scripts.ablate import runner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # programs that this process imported

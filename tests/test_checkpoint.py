@@ -14,7 +14,8 @@ from networks import tiny_config, tiny_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import checkpoint, tensors
+from artifacts import safetensors_io as tensors
+from artifacts import checkpoint
 from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
@@ -129,9 +130,9 @@ def test_a_checkpoint_can_be_moved(tmp_path, saved, trained):
 # It appears by rename or not at all.
 
 STAGES = {
-    "weights": ("model.tensors.save_file", 1),
-    "optimizer": ("model.tensors.save_file", 2),
-    "state": ("model.checkpoint.write_json", 1),
+    "weights": ("artifacts.safetensors_io.save_file", 1),
+    "optimizer": ("artifacts.safetensors_io.save_file", 2),
+    "state": ("artifacts.checkpoint.write_json", 1),
     "first sync": ("os.fsync", 1),
     "a later sync": ("os.fsync", 3),
     "rename": ("pathlib.Path.rename", 1),
@@ -143,7 +144,7 @@ FULL_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space
 def fail_at(monkeypatch: pytest.MonkeyPatch, where: str, call: int, error: BaseException) -> None:
     """Let one call of a function raise."""
     module, _, name = where.rpartition(".")
-    owner: object = {"model.checkpoint": checkpoint, "model.tensors": tensors, "os": os, "pathlib.Path": Path}[module]
+    owner: object = {"artifacts.checkpoint": checkpoint, "artifacts.safetensors_io": tensors, "os": os, "pathlib.Path": Path}[module]
     original, calls = getattr(owner, name), iter(range(1, 1000))
 
     def wrapped(*args, **kwargs):

@@ -7,7 +7,7 @@ import pytest
 from conftest import save_run
 from planted import planted, study
 
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from model.errors import UserError
 from scripts.report import __main__ as program_of_report
 from scripts.report.collect import collect

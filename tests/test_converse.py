@@ -11,7 +11,7 @@ import torch
 from conftest import CPU, run_program, save_run
 
 import generate
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.tokenizer import make_tokenizer
 from inference.transcript import Transcript
 from model.gpt import GPT

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import generate
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.exchange import read_tokenizer_json, write_tokenizer_json
 from data.tokenizer import Tokenizer, make_tokenizer
 from model.context import Step

@@ -7,7 +7,7 @@ import pytest
 from conftest import PNG, run_program, save_run
 from evaluated import LINE, figures
 
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.tokenizer import make_tokenizer
 from scripts import evaluate as script
 from scripts.probes import subject

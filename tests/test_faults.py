@@ -13,7 +13,7 @@ import pytest
 from conftest import PATIENCE_S, Ended, command_line, run_config, start_program
 
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from training_runs import losses
 
 import train
-from configs.run_dir import RunDir
-from model import checkpoint, tensors
+from artifacts.run_dir import RunDir
+from artifacts import safetensors_io as tensors
+from artifacts import checkpoint
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -11,7 +11,7 @@ from conftest import CPU, run_program, save_run
 from networks import SMALL, tiny_config, tiny_model
 
 import generate
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.tokenizer import make_tokenizer
 from model import cost
 from model.cache import KVCache

@@ -10,7 +10,7 @@ import torch
 from conftest import CPU, PATIENCE_S, run_program, start_program
 
 import generate
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.tokenizer import make_tokenizer
 from inference.sampling import LogProbs
 

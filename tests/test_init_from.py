@@ -9,7 +9,7 @@ import torch
 from conftest import command_line, run_config
 
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

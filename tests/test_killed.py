@@ -11,7 +11,7 @@ from conftest import PATIENCE_S, Ended, command_line, run_config, run_program, s
 from training_runs import assert_same
 
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 
 LONG = {"model": {"dropout": 0.1}, "train": {"max_steps": 110, "checkpoint_every": 7, "eval_every": 18}}
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import run_config
 
-from configs.run_dir import Metrics, RunDir
+from artifacts.run_dir import Metrics, RunDir
 from configs.schema import RunConfig
 from model.errors import UserError
 

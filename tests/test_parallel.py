@@ -9,7 +9,7 @@ import torch
 from conftest import command_line, run_config, run_program, run_values
 
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from model.errors import UserError
 from training.distributed import World
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluated import LINE, figures, loaded, nats
 
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.loader import IGNORED, TokenArray, eval_batches, stream_hash
 from training.evaluate import LossByPosition
 from scripts import evaluate as script

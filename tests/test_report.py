@@ -10,7 +10,7 @@ import pytest
 from conftest import PNG
 from planted import planted, study
 
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from scripts.report import __main__ as program_of_report
 from scripts.report.collect import STUDY, collect
 from scripts.report.plots import PLOTS, _front

@@ -12,11 +12,12 @@ from training_runs import assert_same
 
 import train
 from training import trainer
-from configs.background import Background
-from configs.run_dir import Metrics, RunDir
+from artifacts.background import Background
+from artifacts.run_dir import Metrics, RunDir
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer
-from model import checkpoint, memory
+from model import memory
+from artifacts import checkpoint
 
 
 class Killed(BaseException):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import save_run
 
-from configs.run_dir import MAY_CHANGE, RunDir, environment
+from artifacts.run_dir import MAY_CHANGE, RunDir, environment
 from configs.schema import RunConfig
 from model.device import resolve
 from model.errors import UserError

@@ -11,7 +11,7 @@ from conftest import PATIENCE_S, RUN, run_config, save_run, start_program
 import generate
 import train
 from configs.load import from_command_line
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from model import cost
 from model.errors import UserError
 from scripts import demo, measure

@@ -7,7 +7,7 @@ from conftest import command_line
 from training_runs import content, evaluations_find, losses
 
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.loader import TrainLoader
 from data.prepare import prepare
 from model.gpt import GPT

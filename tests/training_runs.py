@@ -6,7 +6,7 @@ import pytest
 from conftest import run_config
 
 import train
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from training.trainer import Trainer
 from training.evaluate import Evaluation

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.background import Background
-from configs.run_dir import RunDir
+from artifacts.background import Background
+from artifacts.run_dir import RunDir
 from configs.schema import RunConfig, TrainConfig
 from data.loader import TrainLoader, eval_batches, stream_hash
 from data.prepare import Prepared

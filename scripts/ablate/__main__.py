@@ -13,9 +13,9 @@ import tyro
 from filelock import FileLock
 
 from configs.program import at_least, exit_with_one_line
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from data.prepare import prepare
-from model.checkpoint import write_json
+from artifacts.checkpoint import write_json
 from model.errors import UserError
 from scripts.ablate.plan import plan
 from scripts.ablate.runner import Runner

@@ -17,9 +17,9 @@ from filelock import FileLock
 import train
 from configs.load import build
 from configs.program import exit_with_one_line
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
-from model.checkpoint import read_json, write_json
+from artifacts.checkpoint import read_json, write_json
 
 FILE = "cell.json"  # in the run's directory: the commands that have measured it
 

@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from model import cost
 from model.device import Runtime, matmul_rate, resolve

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from configs.program import stop_signals
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from model.device import resolve
 from scripts.ablate.cell import measured
 from scripts.ablate.study import Cell

@@ -15,9 +15,9 @@ import tyro
 
 from configs.load import build
 from configs.program import exit_with_one_line
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
-from model import checkpoint
+from artifacts import checkpoint
 from model.errors import UserError
 from model.gpt import GPT
 from scripts.convert import directory

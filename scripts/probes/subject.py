@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.run_dir import RunDir
+from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from data.catalog import open_text
 from data.loader import TokenArray, TokenSource

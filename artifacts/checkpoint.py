@@ -13,11 +13,11 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from model import tensors
+from artifacts import safetensors_io as tensors
 from model.errors import UserError
 from training.optim import Optimizers
 from training.distributed import ALONE, World
-from model.tensors import CheckpointKind
+from artifacts.safetensors_io import CheckpointKind
 
 FORMAT = 1
 
