@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from inference.options import Options, read_prompts
-from configs.program import exit_with_one_line, out_of_memory, stop_signals
+from cli.program import exit_with_one_line, out_of_memory, stop_signals
 from artifacts.run_dir import RunDir
 from data.tokenizer import Tokenizer
 from inference.transcript import Transcript

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from artifacts.background import Background
 from configs.load import from_command_line
-from configs.program import exit_with_one_line, stop_signals
+from cli.program import exit_with_one_line, stop_signals
 from artifacts.run_dir import Metrics, RunDir, environment
 from configs.schema import RunConfig
 from training.trainer import DivergedError, Progress, Trainer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.load import build, with_options
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from configs.schema import RunConfig
 from data.loader import TrainLoader
 from data.prepare import Prepared, prepare

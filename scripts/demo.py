@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from configs.program import exit_with_one_line, stop_signals
+from cli.program import exit_with_one_line, stop_signals
 from scripts.report.write import report
 
 CONFIG = "configs/demo.toml"

@@ -8,7 +8,7 @@ import json
 
 import tyro
 
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from scripts.probes.attention import to_first
 from scripts.probes.extrapolation import extrapolate
 from scripts.probes.options import Options, check

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from configs.load import build, load
-from configs.program import at_least, exit_with_one_line
+from cli.program import at_least, exit_with_one_line
 from model import cost
 from model.config import ModelConfig
 from model.errors import UserError

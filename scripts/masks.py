@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from configs.load import load
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from artifacts.run_dir import RunDir
 from data.tokenizer import Tokenizer
 from model.errors import UserError

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from configs.program import at_least, exit_with_one_line
+from cli.program import at_least, exit_with_one_line
 from artifacts.run_dir import RunDir
 from artifacts.checkpoint import write_json
 from model.device import resolve

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from configs.load import with_options
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from configs.schema import RunConfig
 from data.tokenizer import check_name, make_tokenizer, saved_file
 from model import cost

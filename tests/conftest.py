@@ -18,7 +18,7 @@ from torch import Tensor
 
 import generate
 from configs.load import load
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from data.tokenizer import make_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from conftest import PATIENCE_S, run_program, start_program
 from studies import MEASURE, ablate, cells_of, results
 
-from configs.program import stop_signals
+from cli.program import stop_signals
 from artifacts.run_dir import RunDir
 from scripts.ablate import runner
 

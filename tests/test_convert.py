@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import generate
 import train
 from artifacts.run_dir import RunDir
-from data.exchange import read_tokenizer_json, write_tokenizer_json
+from data.huggingface_tokenizer import read_tokenizer_json, write_tokenizer_json
 from data.tokenizer import Tokenizer, make_tokenizer
 from model.context import Step
 from scripts.convert import __main__ as convert

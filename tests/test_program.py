@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configs.program import at_least, exit_with_one_line
+from cli.program import at_least, exit_with_one_line
 from model.errors import UserError
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 from filelock import FileLock
 
-from configs.program import at_least, exit_with_one_line
+from cli.program import at_least, exit_with_one_line
 from artifacts.run_dir import RunDir
 from data.prepare import prepare
 from artifacts.checkpoint import write_json

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 import train
 from configs.load import build
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from artifacts.checkpoint import read_json, write_json

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from configs.program import stop_signals
+from cli.program import stop_signals
 from artifacts.run_dir import RunDir
 from model.device import resolve
 from scripts.ablate.cell import measured

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import tyro
 
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from scripts.bench.attention import attention
 from scripts.bench.decode import decode
 from scripts.bench.loss import loss

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from configs.program import at_least
+from cli.program import at_least
 from model.attention.dispatch import attend, kernel_name, prepare
 from model.device import Runtime, resolve
 from model.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from configs.program import at_least
+from cli.program import at_least
 from model import cost
 from model.config import ModelConfig
 from inference.compiled_decode import compiling

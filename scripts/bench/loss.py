@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from configs.program import at_least
+from cli.program import at_least
 from model.device import resolve
 from model.loss import cross_entropy
 from model.memory import measure_peak

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.load import load
-from configs.program import at_least
+from cli.program import at_least
 from model import cost
 from model.config import ModelConfig
 from model.device import Runtime, Switch, compile_blocks, matmul_rate, resolve

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from configs.load import build
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from artifacts import checkpoint

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.exchange import read_tokenizer_json, write_tokenizer_json
+from data.huggingface_tokenizer import read_tokenizer_json, write_tokenizer_json
 from data.tokenizer import EOT, Tokenizer
 from model.errors import UserError
 from scripts.convert.rope import Values

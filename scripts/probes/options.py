@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from configs.program import at_least
+from cli.program import at_least
 from model.device import DType
 from model.errors import UserError
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from configs.program import exit_with_one_line
+from cli.program import exit_with_one_line
 from scripts.report.collect import STUDY
 from scripts.report.write import report
 
