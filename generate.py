@@ -15,20 +15,20 @@ import torch
 import tyro
 from torch import Tensor
 
-from inference.options import Options, read_prompts
-from cli.program import exit_with_one_line, out_of_memory, stop_signals
 from artifacts.run_dir import RunDir
+from cli.program import exit_with_one_line, out_of_memory, stop_signals
 from data.tokenizer import Tokenizer
-from inference.transcript import Transcript
 from inference.cache_parity import agreement
-from inference.compiled_decode import compiling
+from inference.compiled_decode import should_compile, use_compiled_decode
+from inference.options import Options, read_prompts
+from inference.quantize import quantize
+from inference.sampling import LogProbs, Sampler, pad_right, stream
+from inference.statistics import Meter
+from inference.streaming import through_window
+from inference.transcript import Transcript
 from model.device import Runtime, resolve
 from model.errors import UserError
 from model.gpt import GPT
-from inference.statistics import Meter
-from inference.quantize import quantize
-from inference.sampling import LogProbs, Sampler, pad_right, stream
-from inference.streaming import through_window
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest logit
 
@@ -39,7 +39,7 @@ def generate(options: Options) -> int:
     runtime = resolve(options.device, options.dtype, "off")
     model, tokenizer = load(options, runtime)
     n_steps = 0 if options.cache == "none" else options.max_new_tokens
-    model.fused = compiling(options.compile, model, runtime, n_steps)
+    use_compiled_decode(model, should_compile(options.compile, model, runtime, n_steps))
     sampler = Sampler(
         temperature=options.temperature,
         top_k=options.top_k,

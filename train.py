@@ -12,25 +12,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from artifacts import checkpoint
 from artifacts.background import Background
-from configs.load import from_command_line
-from cli.program import exit_with_one_line, stop_signals
 from artifacts.run_dir import Metrics, RunDir, environment
+from cli.program import exit_with_one_line, stop_signals
+from configs.load import from_command_line
 from configs.schema import RunConfig
-from training.trainer import DivergedError, Progress, Trainer
 from data.loader import TrainLoader, ahead
 from data.prepare import Prepared, prepare
 from data.tokenizer import Tokenizer
 from model import cost
-from artifacts import checkpoint
-from training import distributed as parallel
-from model.config import describe_layers
 from model.device import Runtime, compile_blocks, matmul_rate, memory_at_hand, resolve
 from model.errors import UserError
-from training.estimate import rows_that_fit
 from model.gpt import GPT
-from training.optim import make_optimizers
+from training import distributed as parallel
 from training.distributed import Replica, World
+from training.estimate import rows_that_fit
+from training.optim import make_optimizers
+from training.trainer import DivergedError, Progress, Trainer
 
 MEMORY_TO_FILL = 0.8  # of what a CUDA device has: the estimate knows neither its kernels' work space nor fragments
 CACHE_LENGTHS = (32_768,)  # beside block_size, where summary.json states the bytes of the KV cache
@@ -78,7 +77,7 @@ def run_in(world: World, config: RunConfig) -> RunResult:
 
     torch.manual_seed(config.seed)
     model = GPT(config.model).to(runtime.device)
-    model.recompute = train.recompute
+    model.activation_checkpointing = train.recompute
     if runtime.compile:
         compile_blocks(model)
     replica = Replica(model, world, train.parallel, runtime.device)
@@ -190,7 +189,7 @@ def announce(config: RunConfig, prepared: Prepared, runtime: Runtime, replica: R
     """Say what was chosen before it starts."""
     model, train = config.model, prepared.split("train")
     epochs = config.train.max_steps * config.train.global_batch_tokens / train.n_tokens
-    print(f"{config.path}: {describe_layers(model.layers)}, {cost.n_params(model) / 1e6:.2f} M parameters")
+    print(f"{config.path}: {model.describe()}, {cost.n_params(model) / 1e6:.2f} M parameters")
     print(f"{prepared.directory}: {train.n_tokens / 1e6:.2f} M training tokens, {epochs:.2g} times through")
     print(runtime.why)
     if (n := replica.world.size) > 1:
@@ -207,7 +206,7 @@ def summarize(config: RunConfig, progress: Progress) -> dict[str, Any]:
     lengths = (config.model.block_size, *CACHE_LENGTHS)
     return {
         "variant": config.name.rsplit("/", 1)[-1],
-        "layers": describe_layers(config.model.layers),
+        "layers": config.model.describe(),
         "n_params": cost.n_params(config.model),
         "best_val_loss": progress.best_val_loss,
         "kv_cache_bytes": {str(n): cost.cache_bytes(config.model, n, dtype=torch.bfloat16) for n in lengths},

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from artifacts import safetensors_io as tensors
-from model.errors import UserError
-from training.optim import Optimizers
-from training.distributed import ALONE, World
 from artifacts.safetensors_io import CheckpointKind
+from model.errors import UserError
+from training.distributed import ALONE, World
+from training.optim import Optimizers
 
 FORMAT = 1
 

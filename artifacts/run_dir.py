@@ -13,18 +13,18 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 
+from artifacts import checkpoint
 from artifacts.background import Background
+from artifacts.checkpoint import Checkpoint
+from artifacts.safetensors_io import CheckpointKind
 from configs.load import build
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer
-from artifacts import checkpoint
-from artifacts.checkpoint import Checkpoint
 from model.device import Runtime
 from model.errors import UserError
 from model.gpt import GPT
-from training.optim import Optimizers
 from training.distributed import ALONE, World
-from artifacts.safetensors_io import CheckpointKind
+from training.optim import Optimizers
 
 MAY_CHANGE = (  # on resume: none of them is part of the experiment
     *("name", "out_dir", "data.dir", "device", "dtype", "compile", "log", "model.kernel"),

@@ -10,8 +10,8 @@ import tyro
 from pydantic import ValidationError
 
 from configs.schema import RunConfig
-from model.config import Section
 from model.errors import UserError
+from model.section import Section
 
 T = TypeVar("T")
 

@@ -5,12 +5,12 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from artifacts.safetensors_io import CheckpointKind
 from model.config import ModelConfig, Section
 from model.device import DType, Switch
 from model.errors import UserError
-from training.optim import OptimizerName, Schedule
 from training.distributed import Parallel
-from artifacts.safetensors_io import CheckpointKind
+from training.optim import OptimizerName, Schedule
 
 KEPT_AND_SHOWN: dict[str, Any] = {
     "name": True,

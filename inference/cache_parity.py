@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.gpt import GPT
 from inference.sampling import chunks, pad_right
+from model.gpt import GPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,40 +1,37 @@
-"""A step of decoding, compiled: a few rows at a time, where what takes the time is reading the weights.
+"""Compiled decoding: one token of each row at a time, each layer under torch.compile.
 
-Each layer is compiled alone, so that equal layers share one compilation, for any length of the text.
+Reading the weights takes the time here, so matmuls of few rows become loops that read them once (inference/gemv.py).
+Each layer is compiled separately: equal layers share one compilation, for any length of the text.
 
 Dimensions: B rows, C n_embd.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from model.cpu.cpp_build import keep_compiled_code
+from inference.gemv import with_gemv
+from model import cpu
+from model.context import ForwardContext
+from model.cost import step_bytes
 from model.device import Runtime, Switch, no_compiling
 from model.errors import UserError
-from inference.gemv import with_sums
-from model.memory import step_bytes
-from model.context import Step
-
-if TYPE_CHECKING:
-    from model.cache import LayerState
-    from model.gpt import GPT
+from model.gpt import GPT, Tensors
+from model.state import LayerState
 
 MOST_COMPILED = 256  # kinds of layers, batches and caches in one process
 
-KIND_S, LAYER_S, BYTE_S = 4.0, 2e-4, 3e-11  # compiling a kind of layer; what it saves a token: by layer, by byte read
+KIND_S, LAYER_S, BYTE_S = 4.0, 2e-4, 3e-11  # seconds to compile a kind of layer; saved per token: by layer, by byte
 
 Function = TypeVar("Function", bound=Callable)
 
 
-def compiling(asked: Switch, model: GPT, runtime: Runtime, n_steps: int) -> bool:
-    """Whether to compile for so many steps; `auto` does where that takes less time in all."""
+def should_compile(asked: Switch, model: GPT, runtime: Runtime, n_steps: int) -> bool:
+    """Whether to compile for so many steps; `auto` does where that takes less time in all. UserError if impossible."""
     obstacle = no_compiling(runtime.device)
     if asked == "on" and obstacle is not None:
         raise UserError(f"--compile (on) has nothing to compile with ({obstacle}): take off, or auto")
@@ -43,37 +40,46 @@ def compiling(asked: Switch, model: GPT, runtime: Runtime, n_steps: int) -> bool
     if obstacle is not None:
         return False
     costs = KIND_S * (1 + len(set(model.config.layers)))
-    saves = LAYER_S * model.config.n_layer + BYTE_S * step_bytes(model)
+    saves = LAYER_S * len(model.config.applied_layers) + BYTE_S * step_bytes(model)
     return n_steps * saves > costs
+
+
+def use_compiled_decode(model: GPT, on: bool = True) -> None:
+    """Let the model decode single tokens through compiled layers, or not."""
+    model.compiled_decode = CompiledLayers() if on else None
+
+
+class CompiledLayers:
+    """What GPT calls in place of its layers and its head for one token of each row."""
+
+    def layer(
+        self, block: nn.Module, x: Tensor, ctx: ForwardContext, passed: Tensors, state: LayerState
+    ) -> tuple[Tensor, Tensors, Tensors]:
+        """block(x, ctx, passed, state), compiled: (B, 1, C) -> (B, 1, C)."""
+        assert ctx.past is not None
+        length = torch.empty(1).expand(ctx.past_bound)  # a number that may change without recompiling
+        torch._dynamo.maybe_mark_dynamic(length, 0)
+        return compiled(_layer)(block, x, ctx.pos, ctx.past, length, ctx.uniform, ctx.star_context, passed, state)
+
+    def linear(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """linear(x), compiled."""
+        return compiled(_linear)(linear, x)
 
 
 @cache
 def compiled(function: Function) -> Function:
-    """The function as one piece, compiled when it is called; every caller gets the same."""
-    keep_compiled_code()
+    """The function under torch.compile; every caller gets the same."""
+    cpu.keep_compiled_code()
     torch._dynamo.config.recompile_limit = max(MOST_COMPILED, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True, backend=backend)  # type: ignore[return-value]
 
 
 def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable:
-    """torch's own compiler, given sums in place of products of few rows, and calling its loops from C++ on a CPU."""
+    """Inductor, with matmuls of few rows rewritten as loops, and on a CPU without Python between its kernels."""
     from torch._inductor.compile_fx import compile_fx
 
     on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, Tensor))
-    return compile_fx(with_sums(graph), inputs, config_patches={"cpp_wrapper": on_cpu})  # type: ignore[return-value]
-
-
-def layer(block: nn.Module, x: Tensor, step: Step, state: LayerState) -> Tensor:
-    """block(x, step, state) for one token of each row, compiled: (B, 1, C) -> (B, 1, C)."""
-    assert step.past is not None
-    length = torch.empty(1).expand(step.past_bound)  # a number that may change without compiling again
-    torch._dynamo.maybe_mark_dynamic(length, 0)
-    return compiled(_layer)(block, x, step.pos, step.past, length, step.uniform, step.context, state)
-
-
-def product(linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(x), compiled."""
-    return compiled(_product)(linear, x)
+    return compile_fx(with_gemv(graph), inputs, config_patches={"cpp_wrapper": on_cpu})  # type: ignore[return-value]
 
 
 def _layer(
@@ -83,21 +89,22 @@ def _layer(
     past: Tensor,
     length: Tensor,
     uniform: bool,
-    context: Tensor | None,
+    star_context: Tensor | None,
+    passed: Tensors,
     state: LayerState,
-) -> Tensor:
-    step = Step(
+) -> tuple[Tensor, Tensors, Tensors]:
+    ctx = ForwardContext(
         pos=pos,
         contiguous=False,
         uniform=uniform,
         past=past,
         added=1,
         past_bound=length.shape[0],
-        context=context,
-        fused=True,
+        star_context=star_context,
+        compiled_decode=True,
     )
-    return block(x, step, state)
+    return block(x, ctx, passed, state)
 
 
-def _product(linear: nn.Module, x: Tensor) -> Tensor:
+def _linear(linear: nn.Module, x: Tensor) -> Tensor:
     return linear(x)

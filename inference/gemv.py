@@ -1,7 +1,7 @@
-"""Matrix products of a row or a few, for a compiler to make loops of: what decoding does, a token at a time.
+"""Small-batch linear layers, written so that Inductor emits one fused GEMV loop: for decoding a token at a time.
 
-Written as products and their sum, one loop reads the weights once as they lie in memory. Libraries of matrix products
-reach a third of that speed in bfloat16 (docs/experiments.md).
+Written as elementwise products and their sum, the loop reads each weight once in memory order. Matmul libraries reach a
+third of that speed in bfloat16 (docs/experiments/decoding.md).
 
 Dimensions: B rows, C inputs, N outputs.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 
-def sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, (..., C) and (N, C) -> (..., N); rows are innermost but one: a row of weights serves them all."""
+def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, (..., C) and (N, C) -> (..., N): each row of weights is read once for all rows of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.reshape(-1, x.shape[-1]).to(wide)  # (B, C)
     y = (weight.to(wide)[:, None] * rows).sum(dim=-1).t()  # (B, N)
@@ -26,10 +26,10 @@ def sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.to(x.dtype).contiguous().view(*x.shape[:-1], -1)
 
 
-def int8_sums(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def int8_gemv(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """torch._weight_int8pack_mm, (B, C) and (N, C) -> (B, N), for C that 4 divides.
 
-    Four weights are read as one word of 32 bits, and shifts take each one out, times 2^24: processors convert words to
+    Four weights are read as one 32-bit word and unpacked by shifts, as multiples of 2^24: processors convert words to
     floating point faster than bytes.
     """
     words, last = weight.view(torch.int32)[:, None], -1 << 24  # (N, 1, C / 4), the first weight in the lowest bits
@@ -39,15 +39,17 @@ def int8_sums(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (y.t() * 2.0**-24 * scale).to(x.dtype).contiguous()  # in this order: float16 has no 2^-24 to spare
 
 
-SUMS: dict[Callable, tuple[Callable, int, int]] = {  # instead of which, up to how many rows, and what must divide C
-    F.linear: (sums, 4, 1),
-    torch._weight_int8pack_mm: (int8_sums, 1, 4),
+GEMVS: dict[
+    Callable, tuple[Callable, int, int]
+] = {  # operator -> its loop, the most rows it is faster for, and a divisor of C
+    F.linear: (gemv, 4, 1),
+    torch._weight_int8pack_mm: (int8_gemv, 1, 4),
 }
 
 
-def with_sums(graph: GraphModule) -> GraphModule:
-    """The same function; matrix products of few rows are written as products and their sums."""
-    for library, (own, most, divisor) in SUMS.items():
+def with_gemv(graph: GraphModule) -> GraphModule:
+    """The same graph with matmuls of few rows rewritten as loops."""
+    for library, (own, most, divisor) in GEMVS.items():
         for node in graph.graph.find_nodes(op="call_function", target=library):
             shape = node.args[0].meta["example_value"].shape
             if shape.numel() <= most * shape[-1] and shape[-1] % divisor == 0:

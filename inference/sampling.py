@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cache import Cache
 from inference.compiled_decode import compiled
+from model.cache import Cache
 from model.gpt import GPT
-from model.hash32 import mix
+from model.hash32 import hash32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +64,10 @@ class Sampler:
 
 def gumbel(seed: int, sample: Tensor, pos: Tensor, n: int) -> Tensor:
     """Standard Gumbel noise (B, n), a pure function of (seed, sample, pos, column): sample and pos are (B,)."""
-    key = mix(mix(torch.full_like(pos, seed & 0xFFFFFFFF) + 0x9E3779B9) + sample)
-    key = mix(key + mix(pos + 0x85EBCA6B))  # (B,)
+    key = hash32(hash32(torch.full_like(pos, seed & 0xFFFFFFFF) + 0x9E3779B9) + sample)
+    key = hash32(key + hash32(pos + 0x85EBCA6B))  # (B,)
     column = torch.arange(n, device=pos.device)
-    bits = mix(mix(column + 1)[None] ^ key[:, None]) >> 9  # (B, n) 23 bits: with the half, float32 holds them exactly
+    bits = hash32(hash32(column + 1)[None] ^ key[:, None]) >> 9  # (B, n) 23 bits: exact in float32 with the 0.5
     uniform = (bits.float() + 0.5) / (1 << 23)  # never 0 and never 1
     return -torch.log(-torch.log1p(-uniform))  # the likeliest to win come from small numbers, which are finest
 
@@ -159,7 +159,7 @@ def stream(
             logits = model(prompt, lengths=None if lengths is None else n_real, last_only=True)[:, -1]
         else:
             logits = model(token[:, None], cache=cache)[:, -1]
-            if model.fused:
+            if model.compiled_decode:
                 draw = compiled(Sampler.next)
         pos = pos + 1
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence
 
 from model.cache import Cache
-from model.cost import read_bytes
+from model.cost import read_bytes, step_bytes
 from model.device import Runtime
 from model.gpt import GPT
-from model.memory import device_peak, step_bytes
+from model.memory import device_peak
 
 WARM_UP = 2  # steps: a text may have a single token before its first, and one such pass is not compiled
 
@@ -18,13 +18,12 @@ class Meter:
     def __init__(self, model: GPT, cache: Cache | None, runtime: Runtime, *, n_samples: int = 1, rolling: bool = True):
         """The cache as it is before the samples of its rows part."""
         self._config, self._runtime, self._n_samples, self._rolling = model.config, runtime, n_samples, rolling
-        self._model, self._warms_up = model, model.fused and cache is not None
-        self._cache_dtype = None
-        if cache is not None:  # states that are never below float32 say nothing of the keys beside them
-            dtypes = {x.dtype for layer in cache.layers for x in layer.tensors()}
-            self._cache_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
+        self._model, self._warms_up = model, model.compiled_decode is not None and cache is not None
+        self._cache_dtype = None if cache is None else cache.dtype
         self.cache_bytes: dict[str, int] = {}  # by kind of layer
-        for spec, layer in zip(model.config.layers, [] if cache is None else cache.layers, strict=cache is not None):
+        for spec, layer in zip(
+            model.config.applied_layers, [] if cache is None else cache.layers, strict=cache is not None
+        ):
             self.cache_bytes[spec.kind] = self.cache_bytes.get(spec.kind, 0) + layer.nbytes * n_samples
         self.n_prefilled = self.n_decoded = 0  # tokens of all rows
         self.prefill_s = self.decode_s = self.first_s = 0.0  # first_s: to the first token of the first turn

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from inference.detokenizer import End, Speller
 from data.tokenizer import Tokenizer
+from inference.detokenizer import End, Speller
 
 
 @dataclass(slots=True)

@@ -1,24 +1,24 @@
-"""The rolling cache: a sliding layer keeps `n_sink + window` slots for ever, a full layer is a ring that never wraps.
+"""The rolling KV cache: a sliding layer keeps `n_sink + window` slots, a full layer is a ring that never wraps.
 
     window = 4, n_sink = 1, after 8 tokens        slot      0 | 1 2 3 4
                                                   holds     0 | 5 6 7 4     position p > 0 lives in slot 1 + (p - 1) % 4
 
 Which position a slot holds follows from the number of tokens seen, so positions are derived and never stored; slots may
-be in any order, since attention is told the position of each key.
+be in any order, because keys travel with their positions.
 
-Dimensions: B batch, K KV heads, S slots, T incoming tokens, D head_dim.
+Dimensions: B batch, K KV heads, S slots, T incoming tokens, D head_dim (of values: v_head_dim).
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from model.context import EMPTY, ForwardContext
 from model.int8 import to_int8
-from model.context import EMPTY, Step
+from model.state import LayerState
 
-SCALE = torch.bfloat16  # of what is kept in int8
+SCALE = torch.bfloat16  # dtype of the scales of an int8 cache
 
 
 def n_slots(window: int | None, n_sink: int, max_length: int) -> int:
@@ -38,24 +38,11 @@ def slot_positions(n_seen: Tensor, n_slots: int, n_sink: int, first: int | None 
     return torch.where(held, pos, EMPTY)  # (B, S)
 
 
-class LayerState(Protocol):
-    """What a mixer keeps of the past: its own object, opaque to everything but itself."""
-
-    max_length: int | None  # None: holds a sequence of any length
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def tensors(self) -> list[Tensor]: ...
-
-    def fork(self, n: int) -> Self: ...
-
-
 class KVCache:
     """Keys and values of one layer, in pre-allocated slots."""
 
     def __init__(self, k: Tensor, v: Tensor, *, n_sink: int = 0, max_length: int | None):
-        """k, v: (B, K, S, D) zeros, where S slots are n_sink pinned ones and a ring; max_length None: it may wrap."""
+        """k, v: zeros (B, K, S, D), (B, K, S, Dv): n_sink pinned slots, then a ring. max_length None: it may wrap."""
         self.k, self.v = k, v
         self.n_slots = k.shape[2]
         self.n_sink = min(n_sink, self.n_slots - 1)  # with fewer slots than sinks nothing ever wraps
@@ -81,46 +68,46 @@ class KVCache:
         k, v = stored
         return k.to(dtype), v.to(dtype)
 
-    def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Store (B, K, T, D) keys and values; return all their queries may see, with (B or 1, keys) positions.
+    def update(self, k: Tensor, v: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Store (B, K, T, D) keys and values; return all that their queries may see, and (B or 1, keys) positions.
 
-        Of several tokens in rows that have come equally far, keys are in order of position.
+        If all rows have the same length, keys of a multi-token chunk come in order of position.
         """
-        T, held, dtype = k.shape[2], torch.sym_min(self.n_slots, step.past_bound), k.dtype
+        T, held, dtype = k.shape[2], torch.sym_min(self.n_slots, ctx.past_bound), k.dtype
         new = self._packed(k, v)  # as they will be read again
-        if not step.padded and (T == 1 or step.past_bound + T <= self.n_slots):
-            self._write(new, step)  # evicts nothing that these queries see
-            held = torch.sym_min(self.n_slots, step.past_bound + T)
-            if step.fused and self.max_length is None:
-                held = self.n_slots  # one compilation before and after it wraps: what is empty is not seen
+        if not ctx.padded and (T == 1 or ctx.past_bound + T <= self.n_slots):
+            self._write(new, ctx)  # evicts nothing that these queries see
+            held = torch.sym_min(self.n_slots, ctx.past_bound + T)
+            if ctx.compiled_decode and self.max_length is None:
+                held = self.n_slots  # one compilation serves before and after it wraps: empty slots are masked
             seen = [x[:, :, :held] for x in self.tensors()]
-            return *self._unpacked(seen, dtype), self._positions(step, held, after=True)
+            return *self._unpacked(seen, dtype), self._positions(ctx, held, after=True)
         if held == 0:
-            self._write(new, step)
-            return *self._unpacked(new, dtype), step.pos
+            self._write(new, ctx)
+            return *self._unpacked(new, dtype), ctx.pos
         # A chunk reads before it writes: its first queries need keys that its last ones evict.
-        k_pos = self._positions(step, held, after=False)
-        rows = max(k_pos.shape[0], step.pos.shape[0])
-        parts = self._oldest_first(step, held)
+        k_pos = self._positions(ctx, held, after=False)
+        rows = max(k_pos.shape[0], ctx.pos.shape[0])
+        parts = self._oldest_first(ctx, held)
         seen = [
             torch.cat((*(x[:, :, part] for part in parts), y), dim=2) for x, y in zip(self.tensors(), new, strict=True)
         ]
-        self._write(new, step)
-        k_pos = torch.cat((*(k_pos[:, part].expand(rows, -1) for part in parts), step.pos.expand(rows, -1)), dim=1)
+        self._write(new, ctx)
+        k_pos = torch.cat((*(k_pos[:, part].expand(rows, -1) for part in parts), ctx.pos.expand(rows, -1)), dim=1)
         return *self._unpacked(seen, dtype), k_pos
 
-    def _oldest_first(self, step: Step, held: int) -> list[slice]:
+    def _oldest_first(self, ctx: ForwardContext, held: int) -> list[slice]:
         """The slots in order of position, where that is known without reading the device."""
-        if not step.uniform or step.past_bound <= self.n_slots:
+        if not ctx.uniform or ctx.past_bound <= self.n_slots:
             return [slice(held)]
-        oldest = self.n_sink + (step.past_bound - self.n_sink) % (self.n_slots - self.n_sink)
+        oldest = self.n_sink + (ctx.past_bound - self.n_sink) % (self.n_slots - self.n_sink)
         return [slice(self.n_sink), slice(oldest, held), slice(self.n_sink, oldest)]
 
-    def _positions(self, step: Step, held: int, *, after: bool) -> Tensor:
-        """(B or 1, held) what the slots hold before or after this step: the same for all layers of one shape."""
-        assert step.past is not None
-        n_seen = step.past + step.added if after else step.past
-        return step.once(
+    def _positions(self, ctx: ForwardContext, held: int, *, after: bool) -> Tensor:
+        """(B or 1, held) positions of the slots before or after this pass, once for all layers of one shape."""
+        assert ctx.past is not None
+        n_seen = ctx.past + ctx.added if after else ctx.past
+        return ctx.memo(
             ("slot_positions", self.n_slots, self.n_sink, after),
             lambda: slot_positions(n_seen, self.n_slots, self.n_sink, held),
         )
@@ -130,29 +117,29 @@ class KVCache:
         rolling = self.n_sink + (pos - self.n_sink) % (self.n_slots - self.n_sink)
         return torch.where(pos < self.n_sink, pos, rolling) if self.n_sink else rolling
 
-    def _write(self, new: Sequence[Tensor], step: Step) -> None:
-        if step.uniform:
-            self._write_uniform(new, step)
+    def _write(self, new: Sequence[Tensor], ctx: ForwardContext) -> None:
+        if ctx.uniform:
+            self._write_uniform(new, ctx)
         else:
-            self._write_ragged(new, step)
+            self._write_ragged(new, ctx)
 
-    def _write_uniform(self, new: Sequence[Tensor], step: Step) -> None:
+    def _write_uniform(self, new: Sequence[Tensor], ctx: ForwardContext) -> None:
         """All rows at the same positions: copy the tokens that stay, the sinks and the last of the ring."""
         T = new[0].shape[2]
         n_ring = self.n_slots - self.n_sink
-        sinks = 0 if T == 1 else min(T, max(0, self.n_sink - step.past_bound))
+        sinks = 0 if T == 1 else min(T, max(0, self.n_sink - ctx.past_bound))
         for part in (slice(0, sinks), slice(max(sinks, T - n_ring), T)):
             if part.start < part.stop:
-                slot = self._slot(step.pos[0, part])
+                slot = self._slot(ctx.pos[0, part])
                 for store, x in zip(self.tensors(), new, strict=True):
                     store.index_copy_(2, slot, x[:, :, part])
 
-    def _write_ragged(self, new: Sequence[Tensor], step: Step) -> None:
+    def _write_ragged(self, new: Sequence[Tensor], ctx: ForwardContext) -> None:
         """Rows at their own positions: each slot that may change asks which new token, if any, it now holds."""
-        assert step.past is not None
+        assert ctx.past is not None
         T, n_ring = new[0].shape[2], self.n_slots - self.n_sink
         n = min(T, n_ring)
-        end = (step.past + step.added)[:, None]  # (B, 1)
+        end = (ctx.past + ctx.added)[:, None]  # (B, 1)
         pos = (
             end - n + torch.arange(n, device=end.device)
         )  # (B, n) the last n positions, each in a ring slot of its own
@@ -161,8 +148,8 @@ class KVCache:
             pinned = torch.arange(self.n_sink, device=end.device).expand(len(end), -1)
             pos = torch.cat((pinned, torch.where(pos < self.n_sink, EMPTY, pos)), dim=1)
             slot = torch.cat((pinned, slot), dim=1)
-        is_new = ((pos >= step.past[:, None]) & (pos < end) & (pos >= 0))[:, None, :, None]
-        source = (pos - step.past[:, None]).clamp(0, T - 1)[:, None, :, None]  # (B, 1, n, 1) its index among the new
+        is_new = ((pos >= ctx.past[:, None]) & (pos < end) & (pos >= 0))[:, None, :, None]
+        source = (pos - ctx.past[:, None]).clamp(0, T - 1)[:, None, :, None]  # (B, 1, n, 1) its index among the new
         slot = slot[:, None, :, None]
         for store, x in zip(self.tensors(), new, strict=True):
             B, K, _, D = store.shape
@@ -171,7 +158,7 @@ class KVCache:
 
 
 class Int8KVCache(KVCache):
-    """Keys and values as whole numbers, with a scale for each of them in each head."""
+    """Keys and values in int8, with one scale per token and head."""
 
     def __init__(
         self, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, *, n_sink: int = 0, max_length: int | None
@@ -193,57 +180,64 @@ class Int8KVCache(KVCache):
 
 
 def empty_kv(
-    shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, *, n_sink: int, max_length: int | None
+    shape: tuple[int, int, int],
+    widths: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    n_sink: int,
+    max_length: int | None,
 ) -> KVCache:
-    """A cache of (B, K, S, D) slots, of the kind that the dtype asks for."""
-    k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+    """A cache of (B, K, S) slots for keys and values of these widths, int8 where the dtype says so."""
+    k, v = (torch.zeros(*shape, width, device=device, dtype=dtype) for width in widths)
     if dtype != torch.int8:
         return KVCache(k, v, n_sink=n_sink, max_length=max_length)
-    scales = (torch.zeros(*shape[:3], 1, device=device, dtype=SCALE) for _ in "kv")
+    scales = (torch.zeros(*shape, 1, device=device, dtype=SCALE) for _ in "kv")
     return Int8KVCache(k, v, *scales, n_sink=n_sink, max_length=max_length)
 
 
-def kv_bytes(head_dim: int, element_size: int) -> int:
-    """Of one key or value of one head; elements of one byte have a scale."""
-    return head_dim * element_size + (SCALE.itemsize if element_size == 1 else 0)
+def kv_bytes(width: int, dtype: torch.dtype) -> int:
+    """Bytes of one key or value of one head; in int8 with its scale."""
+    return width * dtype.itemsize + (SCALE.itemsize if dtype == torch.int8 else 0)
 
 
 class Cache:
-    """All layers' states, and how far each row has come."""
+    """The states of all layers, once per loop of the stack, and the position of each row."""
 
-    def __init__(self, layers: Iterable[LayerState], batch_size: int, device: torch.device | str):
+    def __init__(self, layers: Iterable[LayerState], batch_size: int, device: torch.device | str, dtype: torch.dtype):
         self.layers = list(layers)
+        self.dtype = dtype  # of keys and values
         self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) tokens seen, advanced in place
-        self.length = 0  # the largest of them at most, known without reading the device
-        self.ragged = False  # rows may have come to different positions
-        self.context: Tensor | None = None  # (B or 1,) what a pass said of it, for those after it
+        self.length = 0  # upper bound of pos, known without reading the device
+        self.ragged = False  # rows may be at different positions
+        self.star_context: Tensor | None = None  # (B or 1,) as the first pass gave it, for later ones
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every layer's state; the counter `pos` apart."""
+        """Bytes of all states, without the counter `pos`."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def max_length(self) -> int | None:
-        """Tokens it can see in all; None where every layer rolls."""
+        """Longest sequence that fits; None where every layer rolls."""
         return min((n for layer in self.layers if (n := layer.max_length) is not None), default=None)
 
-    def advance(self, step: Step) -> None:
+    def advance(self, ctx: ForwardContext) -> None:
         """Count the tokens of a pass that every layer has seen."""
-        self.pos += step.added
-        self.length += step.pos.shape[1]
-        self.ragged |= step.padded
+        self.pos += ctx.added
+        self.length += ctx.pos.shape[1]
+        self.ragged |= ctx.padded
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
         self.pos.zero_()
-        self.length, self.ragged, self.context = 0, False, None
+        self.length, self.ragged, self.star_context = 0, False, None
 
     def fork(self, n: int) -> "Cache":
         """A copy with every row n times, for several continuations of one prompt."""
-        forked = Cache((layer.fork(n) for layer in self.layers), 0, self.pos.device)
+        forked = Cache((layer.fork(n) for layer in self.layers), 0, self.pos.device, self.dtype)
         forked.pos = self.pos.repeat_interleave(n)
         forked.length, forked.ragged = self.length, self.ragged
-        if self.context is not None:
-            forked.context = self.context.expand(len(self.pos)).repeat_interleave(n, dim=0)
+        if self.star_context is not None:
+            forked.star_context = self.star_context.expand(len(self.pos)).repeat_interleave(n, dim=0)
         return forked

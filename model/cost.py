@@ -1,14 +1,16 @@
-"""What a network costs, by arithmetic: parameters, FLOPs, cache bytes. Tested equal to what is allocated."""
+"""Costs of a network by arithmetic: parameters, FLOPs, cache bytes. Tests hold them to what is allocated."""
 
 import torch
 
 from model.config import ModelConfig
 from model.errors import UserError
+from model.gpt import GPT
 from model.layers import GATED
+from model.memory import total_bytes
 
 
 def n_params(config: ModelConfig) -> int:
-    """Parameters of the whole network; tied embeddings count once. UserError where some of them are left out."""
+    """Parameters of the whole network; tied embeddings count once. UserError where the config omits components."""
     _check_whole(config, "parameters")
     C = config.n_embd
     norm = C * (2 if config.norm == "layernorm" and config.bias else 1)
@@ -22,32 +24,39 @@ def n_params(config: ModelConfig) -> int:
 def train_flops(config: ModelConfig, T: int) -> int:
     """Forward and backward of one sequence of T tokens, windows counted: what MFU divides by.
 
-    A multiply-add is two; the backward pass is twice the forward; recomputation is not counted. UserError where some of
-    the work is left out.
+    A multiply-add is two; the backward pass is twice the forward; recomputation is not counted. UserError where the
+    config omits components.
     """
     _check_whole(config, "FLOPs")
-    mixers = sum(spec.forward_flops(T) for spec in config.layers)
-    mlp_weights = _mlp_params(config) - _mlp_biases(config)
-    return 3 * (mixers + 2 * T * (config.n_layer * mlp_weights + config.vocab * config.n_embd))
+    mixers = sum(spec.forward_flops(T) for spec in config.applied_layers)
+    mlp_weights = len(config.applied_layers) * (_mlp_params(config) - _mlp_biases(config))
+    return 3 * (mixers + 2 * T * (mlp_weights + config.vocab * config.n_embd))
 
 
 def cache_bytes(
     config: ModelConfig, max_length: int, *, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """Keys, values and states of all layers: what GPT.new_cache allocates, to the byte."""
-    return batch_size * sum(spec.cache_bytes(max_length, dtype.itemsize) for spec in config.layers)
+    return batch_size * sum(spec.cache_bytes(max_length, dtype) for spec in config.applied_layers)
 
 
 def read_bytes(config: ModelConfig, start: int, stop: int, dtype: torch.dtype, *, rolling: bool = True) -> int:
     """Keys and values of all layers that one sequence reads to decode its tokens start to stop - 1."""
-    return sum(spec.read_bytes(start, stop, dtype.itemsize, rolling=rolling) for spec in config.layers)
+    return sum(spec.read_bytes(start, stop, dtype, rolling=rolling) for spec in config.applied_layers)
+
+
+def step_bytes(model: GPT) -> int:
+    """Bytes of weights that one decoding step reads, whatever the batch: all but embeddings, read a row each."""
+    looked_up = [] if model.config.tie_embeddings else [model.wte.weight]
+    looked_up += [] if model.wpe is None else [model.wpe.weight]
+    return total_bytes([*model.parameters(), *model.buffers()]) - total_bytes(looked_up)
 
 
 def _check_whole(config: ModelConfig, what: str) -> None:
-    if config.without is not None:
+    if config.omits is not None:
         raise UserError(
-            f"{what} are not stated for a design without {config.without} (model.without); "
-            "--model.without none counts what is there"
+            f"{what} are not reported for a design that omits {config.omits} (model.omits); "
+            "--model.omits none counts the components that are there"
         )
 
 

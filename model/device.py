@@ -1,9 +1,6 @@
 """Which device, dtype and compilation a run uses, and how fast the device multiplies."""
 
 import contextlib
-import ctypes
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.cpu import processor
-from model.cpu.cpp_build import compiler, keep_compiled_code
+from model import cpu
 from model.errors import UserError
-from model.cpu.matmul import times
 
 DType = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs 10 s and saves 2 to 12 % of narrow layers: below, it does not pay
 
 
@@ -54,12 +48,12 @@ def resolve(device: str = "auto", dtype: DType = "auto", compile: Switch = "auto
     """Choose by capability; `flops` is the size of the job. UserError for a device that is not there."""
     kind, why_device = _device(device)
     if kind.type == "cpu":
-        _keep_memory()
+        cpu.keep_freed_memory()
     chosen_dtype, why_dtype = _dtype(kind, dtype)
     chosen_compile, why_compile = _compile(kind, compile, flops)
     if chosen_compile:
-        keep_compiled_code()
-    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else processor.name()
+        cpu.keep_compiled_code()
+    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else cpu.processor_name()
     why = (
         f"device {kind} ({name}{why_device}), dtype {str(chosen_dtype).removeprefix('torch.')} ({why_dtype}), "
         f"compile {'on' if chosen_compile else 'off'} ({why_compile})"
@@ -95,7 +89,7 @@ def _dtype(device: torch.device, asked: DType) -> tuple[torch.dtype, str]:
 def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return processor.multiplies_bf16()
+    return cpu.multiplies_bf16()
 
 
 def _compile(device: torch.device, asked: Switch, flops: float) -> tuple[bool, str]:
@@ -116,18 +110,7 @@ def no_compiling(device: torch.device) -> str | None:
         return None if has_triton() else "no triton here"
     if device.type == "mps":
         return "eager is the safe choice on mps"
-    return "no C++ compiler here" if compiler() is None else None
-
-
-def _keep_memory() -> None:
-    """Large tensors come and go at each step: their memory stays with the process, so that its pages come once.
-
-    glibc would give it back, and take pages that it clears one by one. Before the first tensor, huge pages too.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    return "no C++ compiler here" if cpu.compiler() is None else None
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -166,4 +149,6 @@ def matmul_rate(runtime: Runtime, seconds: float = 0.2) -> float:
     n = 8192 if runtime.device.type == "cuda" else 2048
     own = torch.Generator(runtime.device).manual_seed(0)  # leaves the training RNG alone
     a, b = (torch.randn(n, n, generator=own, device=runtime.device, dtype=runtime.dtype) for _ in "ab")
-    return 2 * n**3 / min(_fastest(work, runtime, seconds / 2) for work in (lambda: a @ b, lambda: times(a, b)))
+    return (
+        2 * n**3 / min(_fastest(work, runtime, seconds / 2) for work in (lambda: a @ b, lambda: cpu.grad_input(a, b)))
+    )

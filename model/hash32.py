@@ -1,10 +1,10 @@
-"""Integers mixed so that every bit depends on every other: randomness that is a function of what it is for."""
+"""A 32-bit hash on tensors: random draws as a pure function of their seed and index."""
 
 from torch import Tensor
 
 
-def mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash with good avalanche (murmur3's finaliser), in int64."""
+def hash32(x: Tensor) -> Tensor:
+    """murmur3's finaliser, elementwise, in int64: every bit of the result depends on every bit of x."""
     mask = 0xFFFFFFFF
     x = x & mask
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask

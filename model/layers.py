@@ -1,16 +1,15 @@
-"""What stands between the mixers: norms and MLPs.
+"""The building blocks outside the mixers: linear layers, norms and MLPs.
 
 Dimensions: B batch, T time, C n_embd.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from model.cpu.matmul import Linear
+from model import cpu
 
 NormName = Literal["rmsnorm", "rmsnorm+1", "layernorm"]
 MLPName = Literal["swiglu", "geglu", "gelu", "gelu-tanh", "relu2"]
@@ -18,36 +17,24 @@ GATED = {"swiglu": F.silu, "geglu": lambda x: F.gelu(x, approximate="tanh")}
 PLAIN = {"gelu": F.gelu, "gelu-tanh": GATED["geglu"], "relu2": lambda x: F.relu(x).square()}
 
 
-class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight on a CPU, where torch has a chain of operators for it and one kernel for layer norms."""
+class Linear(nn.Linear):
+    """nn.Linear, (..., I) -> (..., O), by the fastest matmul that the device has (model/cpu)."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu.linear(x, self.weight, self.bias)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """A layer norm's of a mean of 0, without what that gradient has for the mean."""
-        x, weight, scale = ctx.saved_tensors
-        grad, mean = grad.contiguous(), torch.zeros_like(scale)
-        inputs = (grad, x, weight.shape, mean, scale, weight, None, [True, True, False])
-        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(*inputs)
-        grad_x.addcmul_(scale, (grad @ weight).div_(x.shape[-1])[..., None])
-        return grad_x, grad_weight, None
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """x as autocast would cast it for each linear layer that reads it: cast once, where several do."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 at least; autocast leaves it there."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed and, under autocast, returned in float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     keep = torch.is_autocast_enabled(x.device.type)
-    if x.is_cpu and not torch.compiler.is_compiling():
-        y = _RMSNorm.apply(x.to(wide), weight.to(wide), eps)
-    else:
-        y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
+    y = cpu.rms_norm(x.to(wide), weight.to(wide), eps)
     return y if keep else y.to(x.dtype)
 
 
@@ -64,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormPlusOne(RMSNorm):
-    """The same times 1 + weight (Gemma): weights of 0, which may decay, change nothing."""
+    """x / rms(x) * (1 + weight), as in Gemma: weight decay pulls the factor towards 1."""
 
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps)

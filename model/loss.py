@@ -1,8 +1,8 @@
-"""Cross-entropy from hidden states, a chunk of tokens at a time: the (B, T, V) logits never exist whole.
+"""Cross-entropy from hidden states, a chunk of tokens at a time: the (B, T, V) logits are never stored whole.
 
-For a mean the gradients are made in the forward pass while a chunk's logits exist (2410.10989), three matrix products
-in all; for losses by token their weights are not known yet, and the backward pass makes the logits again. Products run
-in the autocast dtype, everything between them in float32.
+For a mean the forward pass also computes the gradients while it has a chunk's logits (2410.10989): three matmuls in
+all. For losses per token the weights of the gradients are not known yet, and the backward pass recomputes the logits.
+Matmuls run in the autocast dtype, everything between them in float32.
 
 Dimensions: N tokens, C n_embd, V vocab_size.
 """
@@ -12,13 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.cpu.cpp_ops import native
-from model.cpu.matmul import times, times_transposed, transposed_times
+from model import cpu
+from model.constants import IGNORED
 
 CHUNK_ELEMENTS = 1 << 27  # logits that exist at a time: with fewer, adding up the head's gradient costs time
-CACHED_ELEMENTS = 1 << 20  # of them, those that a CPU works on at a time between two matrix products
-CACHED_WORDS = 1 << 11  # of the vocabulary, those whose part of the head a CPU multiplies at a time
-IGNORED = -100
 
 
 def cross_entropy(
@@ -30,10 +27,10 @@ def cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """(..., C) hidden states, (V, C) head, (...) targets -> float32 loss: the mean over targets, or one for each.
+    """(..., C) hidden states, (V, C) head, (...) targets -> float32 loss: the mean over targets, or one per token.
 
-    Targets of -100 count as nothing. softcap c: logits are c tanh(logits / c) (2408.00118). z_loss adds the gradient of
-    z_loss * log(Z)**2 (2204.02311) and leaves the value that of cross-entropy alone.
+    Targets of -100 are ignored. softcap c: logits become c tanh(logits / c) (2408.00118). z_loss adds the gradient of
+    z_loss * log(Z)**2 (2204.02311) but not its value: the loss stays the cross-entropy.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -62,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         if ctx.mean:
             grads, ctx.grads = ctx.grads, None
-            assert grads is not None, "the gradients of a mean are made once: call backward once"
+            assert grads is not None, "the gradients of a mean are computed once: call backward once"
             dx, dweight = (g.mul_(grad) for g in grads)
         else:
             x, weight, targets = ctx.saved_tensors
@@ -79,65 +76,65 @@ def _chunks(
     softcap: float | None,
     z_loss: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss of each of N tokens and, given what each one weighs, the gradients of x and of the head."""
+    """The loss of each of N tokens and, given the weight of each, the gradients of x and of the head."""
     head = weight.to(dtype)  # (V, C)
     wide = torch.promote_types(dtype, torch.float32)
     losses = torch.empty(len(targets), dtype=wide, device=x.device)
     dx = None if weights is None else torch.zeros_like(x, dtype=wide)
     dweight = None
     n_chunks = max(1, -(-len(targets) * len(head) // CHUNK_ELEMENTS))
-    size = max(1, -(-len(targets) // n_chunks))  # all alike: a small last one costs the sum of head gradients too
-    words = CACHED_WORDS if x.device.type == "cpu" else len(head)
+    size = max(1, -(-len(targets) // n_chunks))  # equal chunks: each one costs a sum of the head's gradient
+    vocabulary_chunk = cpu.vocabulary_chunk(head)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, max(1, len(targets)), size):
             part = slice(start, start + size)
             h = x[part].to(dtype)  # (n, C)
-            logits = h.new_empty(len(h), len(head))  # (n, V), of which the gradient takes the place
-            for of_words, of_head in zip(logits.split(words, dim=1), head.split(words), strict=True):
-                times_transposed(h, of_head, out=of_words)
+            logits = h.new_empty(len(h), len(head))  # (n, V), later overwritten by their gradient
+            column_chunks = logits.split(vocabulary_chunk, dim=1)
+            for columns, head_rows in zip(column_chunks, head.split(vocabulary_chunk), strict=True):
+                cpu.matmul_nt(h, head_rows, out=columns)
             scale = None if weights is None else weights[part]
-            losses[part] = _loss_and_slope(logits, targets[part], scale, softcap, z_loss)
+            losses[part] = _loss_and_grad(logits, targets[part], scale, softcap, z_loss)
             if dx is None:
                 continue
-            dweight = torch.zeros_like(weight) if dweight is None else dweight  # now: the room of the rows is free
-            parts = zip(logits.split(words, dim=1), head.split(words), dweight.split(words), strict=True)
-            for of_words, of_head, of_dweight in parts:
-                dx[part] += times(of_words, of_head)
-                of_dweight += transposed_times(of_words, h)
+            dweight = torch.zeros_like(weight) if dweight is None else dweight  # now: the buffer of the rows is free
+            pieces = (x.split(vocabulary_chunk) for x in (head, dweight))
+            for columns, head_rows, dhead_rows in zip(column_chunks, *pieces, strict=True):
+                dx[part] += cpu.grad_input(columns, head_rows)
+                dhead_rows += cpu.grad_weight(columns, h)
     return losses, None if dx is None else dx.to(x.dtype), dweight
 
 
-def _loss_and_slope(
+def _loss_and_grad(
     logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float
 ) -> Tensor:
-    """The loss (n,) of (n, V) logits; with weights (n,), the logits become their own gradient, in place.
+    """The loss (n,) of (n, V) logits; with weights (n,) the logits are overwritten by their own gradient.
 
-    On a CPU a few rows at a time, all in the same memory, so that what lies between stays in its caches; with AMX a row
-    in C++, of which only sums lie between.
+    Some rows at a time in one reused buffer, as many as stay in a CPU's caches; elsewhere all.
     """
-    if logits.is_cpu and logits.dtype == torch.bfloat16 and softcap is None and native() is not None:
-        return _in_cpp(logits, targets, weights, z_loss)
-    n = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    if cpu.loss_and_grad_serves(logits, softcap):
+        return cpu.loss_and_grad(logits, targets, weights, z_loss)
+    n = cpu.loss_rows_at_once(logits)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    room = torch.empty(2, min(n, len(logits)), logits.shape[1], dtype=wide, device=logits.device)
+    buffer = torch.empty(2, min(n, len(logits)), logits.shape[1], dtype=wide, device=logits.device)
     return torch.cat(
         [
-            _rows(rows, goal, None if weights is None else weights[i * n : (i + 1) * n], softcap, z_loss, room)
+            _rows(rows, goal, None if weights is None else weights[i * n : (i + 1) * n], softcap, z_loss, buffer)
             for i, (rows, goal) in enumerate(zip(logits.split(n), targets.split(n), strict=True))
         ]
     )
 
 
 def _rows(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float, room: Tensor
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float, buffer: Tensor
 ) -> Tensor:
-    """The same of a few rows; room (2, rows or more, V) is for what lies between."""
-    z, p = room[:, : len(logits)]
+    """The same for a few rows; buffer (2, rows or more, V) holds the float32 logits and probabilities."""
+    z, p = buffer[:, : len(logits)]
     z.copy_(logits)
-    slope = None
+    cap_grad = None
     if softcap is not None:
         z.div_(softcap).tanh_()
-        slope = 1 - z.square()
+        cap_grad = 1 - z.square()
         z.mul_(softcap)
     at, real = targets.clamp(min=0)[:, None], targets != IGNORED
     goal = z.gather(1, at)[:, 0]
@@ -147,23 +144,5 @@ def _rows(
         scale = (weights * real)[:, None].to(z.dtype)
         p.mul_(scale * (1 + 2 * z_loss * log_z[:, None]))
         p.scatter_add_(1, at, -scale)
-        logits.copy_(p if slope is None else p.mul_(slope))
+        logits.copy_(p if cap_grad is None else p.mul_(cap_grad))
     return (log_z - goal) * real
-
-
-@torch.library.custom_op("sash::loss_and_slope", mutates_args=("logits",))
-def _in_cpp(logits: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float) -> Tensor:
-    """The same by model/cpp/loss.cpp, of contiguous rows."""
-    n, V = logits.shape
-    if n and not int(targets.max()) < V:
-        raise IndexError(f"target {int(targets.max())} is not one of {V} tokens")
-    losses, targets = targets.new_empty(n, dtype=torch.float32), targets.long().contiguous()
-    weights = None if weights is None else weights.contiguous()
-    loaded = native()
-    assert loaded is not None
-    places = (None if x is None else x.data_ptr() for x in (losses, logits, targets, weights))
-    loaded.loss_and_slope(*places, n, V, IGNORED, z_loss, torch.get_num_threads())
-    return losses
-
-
-_in_cpp.register_fake(lambda logits, targets, *_: targets.new_empty(len(targets), dtype=torch.float32))

@@ -1,22 +1,13 @@
 """Peak memory of a piece of work, measured, with the method's name beside it; bytes of tensors that are there."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-
-from training.optim import Optimizers
-from training.distributed import local
-
-if TYPE_CHECKING:
-    from model.gpt import GPT
+from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -65,23 +56,6 @@ def measure_peak(device: torch.device, held: Iterable[Tensor] = ()) -> Iterator[
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind the tensors, each counted once."""
     return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}.values())
-
-
-def step_bytes(model: GPT) -> int:
-    """Weights that one step of decoding reads, whatever the batch: all but embeddings, of which it takes a row."""
-    looked_up = [] if model.config.tie_embeddings else [model.wte.weight]
-    looked_up += [] if model.wpe is None else [model.wpe.weight]
-    return total_bytes([*model.parameters(), *model.buffers()]) - total_bytes(looked_up)
-
-
-def training_tensors(model: nn.Module, optimizers: Optimizers) -> Iterator[Tensor]:
-    """Parameters, gradients and optimizer state: what this process holds from step to step."""
-    for p in model.parameters():
-        yield local(p)
-        if p.grad is not None:
-            yield local(p.grad)
-    for state in optimizers.state.values():
-        yield from (local(value) for value in state.values() if isinstance(value, Tensor))
 
 
 def device_peak(device: torch.device) -> tuple[str, int | None]:

@@ -15,18 +15,18 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.load import build, with_options
 from cli.program import exit_with_one_line
+from configs.load import build, with_options
 from configs.schema import RunConfig
 from data.loader import TrainLoader
 from data.prepare import Prepared, prepare
 from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
-from training.optim import make_optimizers
 from scripts.bench.timing import exponent
 from scripts.report.figure import legend, new_figure, save_figure
 from scripts.report.tables import table
+from training.optim import make_optimizers
 
 PARTS = ("embedding", "mixers", "MLPs", "last norm", "logits")
 

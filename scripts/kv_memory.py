@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from configs.load import build, load
 from cli.program import at_least, exit_with_one_line
+from configs.load import build, load
 from model import cost
 from model.config import ModelConfig
 from model.errors import UserError

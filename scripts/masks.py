@@ -16,16 +16,17 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from configs.load import load
-from cli.program import exit_with_one_line
 from artifacts.run_dir import RunDir
+from cli.program import exit_with_one_line
+from configs.load import load
 from data.tokenizer import Tokenizer
+from model.attention.mask import attention_mask
+from model.attention.spec import AttentionSpec
 from model.errors import UserError
 from model.gpt import GPT
-from model.mixers.attention import Attention, AttentionSpec
+from model.mixers.attention import Attention
 from model.mixers.base import MixerSpec
 from model.mixers.multi_window import MultiWindowSpec
-from model.attention.mask import visible
 from scripts.report import save_figure
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of "
@@ -87,7 +88,7 @@ def parts(spec: MixerSpec) -> tuple[MixerSpec, ...]:
 def seen(spec: MixerSpec, T: int) -> Tensor:
     """(T, T) which key each query sees; a mixer without keys sees all its past."""
     pos = torch.arange(T)[None]
-    return visible(pos, pos, spec)[0, 0] if isinstance(spec, AttentionSpec) else torch.ones(T, T).tril() > 0
+    return attention_mask(pos, pos, spec)[0, 0] if isinstance(spec, AttentionSpec) else torch.ones(T, T).tril() > 0
 
 
 def describe(spec: MixerSpec, layers: tuple[MixerSpec, ...]) -> str:

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import tyro
 
-from configs.load import with_options
 from cli.program import exit_with_one_line
+from configs.load import with_options
 from configs.schema import RunConfig
 from data.tokenizer import check_name, make_tokenizer, saved_file
 from model import cost
-from model.config import ModelConfig, describe_layers
+from model.config import ModelConfig
 from model.device import resolve
 from model.errors import UserError
 from training.estimate import train_peak
@@ -44,13 +44,13 @@ def main() -> None:
     if batch_size < 1:
         raise UserError(f"--batch-size ({batch_size}) must be at least 1")
     model, dtype = config.model, resolve("cpu", config.dtype).dtype
-    if model.without is not None:
-        print(f"{describe_layers(model.layers)}, without {model.without}: parameters and training are not stated\n")
+    if model.omits is not None:
+        print(f"{model.describe()}, omits {model.omits}: parameters and training are not reported\n")
         print_cache(model)
         return
     parts = train_peak(model, batch_size, dtype, optimizer=config.optim.optimizer, recompute=config.train.recompute)
     shape = f"{batch_size} x {model.block_size} tokens, {str(dtype).removeprefix('torch.')}"
-    print(f"{describe_layers(model.layers)}, {cost.n_params(model) / 1e6:.1f} M parameters, {shape}\n")
+    print(f"{model.describe()}, {cost.n_params(model) / 1e6:.1f} M parameters, {shape}\n")
     print("live at the peak of a training step")
     for part, n in parts.items():
         print(f"  {part:12}{n / 1e6:14,.1f} MB")

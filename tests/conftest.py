@@ -17,25 +17,25 @@ from networks import SMALL, VOCAB, tiny_model
 from torch import Tensor
 
 import generate
-from configs.load import load
-from cli.program import exit_with_one_line
 from artifacts.run_dir import RunDir
+from cli.program import exit_with_one_line
+from configs.load import load
 from configs.schema import RunConfig
 from data.tokenizer import make_tokenizer
-from model.cpu.cpp_build import keep_compiled_code
 from model.cache import Cache
 from model.config import ModelConfig
 from model.cost import cache_bytes
+from model.cpu import keep_compiled_code
+from model.cpu.cpp_ops import cpp_ops
 from model.gpt import GPT
 from model.memory import PeakMemory
-from model.cpu.cpp_ops import native
 from training.optim import Optimizers
 
-pytest_plugins = ["studies", "evaluated", "planted", "training", "exported"]  # what only some of the tests share
+pytest_plugins = ["studies", "evaluated", "planted", "training_runs", "exported"]  # what only some of the tests share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 keep_compiled_code()  # before anything imports torch's compiler, which would settle on a place of its own
-native()  # what this compiles at first no test is to wait for, or to read about
+cpp_ops()  # what this compiles at first no test is to wait for, or to read about
 torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where the machine is busy
 settings.register_profile("sash", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.register_profile("long", settings.get_profile("sash"), derandomize=False, max_examples=500)
@@ -43,7 +43,7 @@ settings.load_profile("sash")
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG"  # how such a file begins
-needs_amx = pytest.mark.skipif(native() is None, reason="needs AMX and a C++ compiler")
+needs_amx = pytest.mark.skipif(cpp_ops() is None, reason="needs AMX and a C++ compiler")
 PATIENCE_S = 300  # with a process: it ends what hangs, and is far more than a busy machine needs
 
 
@@ -66,7 +66,8 @@ def cut(sizes: Sequence[int], total: int) -> list[int]:
 def tensors_of(cache: Cache) -> list[Tensor]:
     """All tensors that the layers' states hold."""
     states = [part for state in cache.layers for part in getattr(state, "parts", [state])]
-    return [x for state in states for x in vars(state).values() if isinstance(x, Tensor)]
+    held = [x for state in states for x in (*vars(state).values(), *getattr(state, "_tensors", {}).values())]
+    return [x for x in held if isinstance(x, Tensor)]
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from conftest import save_run
 
 from artifacts.run_dir import RunDir
 from model.gpt import GPT
-from training.optim import Optimizers
 from scripts.convert import __main__ as convert
+from training.optim import Optimizers
 
 T, W = 29, 8  # more than three windows
 LIKE_LLAMA = {"qk_norm": False, "tie_embeddings": False, "rope_base": 500.0, "norm_eps": 1e-5, "n_layer": 3}

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from networks import SMALL
 
-from configs.load import load
 from artifacts.run_dir import RunDir
+from configs.load import load
 from model import cost
-from model.config import describe_layers
 from scripts.report.collect import STUDY
 
 FACTS = {"runtime": "device cpu", "commit": "c0ffee", "versions": {"torch": "2.13.0"}, "data": "d"}
@@ -45,7 +44,7 @@ def planted(
     run.finish(
         lines[-1]
         | last
-        | {"variant": name.split("/")[1], "layers": describe_layers(config.model.layers), "best_val_loss": loss}
+        | {"variant": name.split("/")[1], "layers": config.model.describe(), "best_val_loss": loss}
         | {"n_params": cost.n_params(config.model), "stream_hash": stream, "kv_cache_dtype": "bfloat16"}
         | {"kv_cache_bytes": {str(n): cost.cache_bytes(config.model, n) for n in (16, 32_768)}}
     )

@@ -12,8 +12,8 @@ import pytest
 from conftest import PATIENCE_S, run_program, start_program
 from studies import MEASURE, ablate, cells_of, results
 
-from cli.program import stop_signals
 from artifacts.run_dir import RunDir
+from cli.program import stop_signals
 from scripts.ablate import runner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # programs that this process imported

@@ -5,15 +5,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from attending import attend, kernel_name
 from conftest import needs_amx
 from torch import Tensor
 
 import model.cpu.cpp_ops
-from model.attention.dispatch import attend, kernel_name
-from model.cpu.cpp_build import BuildError
+from model.attention.spec import AttentionSpec
 from model.cpu.amx import amx, serves, work_bytes
+from model.cpu.cpp_build import BuildError
 from model.memory import measure_peak
-from model.mixers.attention import AttentionSpec
 
 CPU, B = torch.device("cpu"), 2
 LIMIT = 0.01  # of the norm; rounding alone makes 0.002 to 0.004
@@ -155,7 +155,7 @@ def test_it_holds_what_it_is_said_to(kv_heads, n, window, n_sink, n_threads):
             out, lse = amx(q, k, v, window, n_sink)
         with measure_peak(CPU) as backward:
             grads = torch.ops.sash.amx_backward(grad, out, lse, q, k, v, window, n_sink, None)
-        said = [work_bytes(q, k, window, n_sink, backward=way) for way in (False, True)]
+        said = [work_bytes(q, k, v, window, n_sink, backward=way) for way in (False, True)]
     finally:
         torch.set_num_threads(threads)
     assert forward.bytes == said[0] + out.nbytes + lse.nbytes
@@ -166,7 +166,7 @@ def test_it_holds_what_it_is_said_to(kv_heads, n, window, n_sink, n_threads):
 def test_memory_of_a_window_does_not_grow_with_the_text():
     (short, long), window = (make_qkv(T)[0] for T in (500, 2000)), 100
     for backward in (False, True):
-        assert len({work_bytes(q, k, window, 0, backward=backward) for q, k, _ in (short, long)}) == 1
+        assert len({work_bytes(q, k, v, window, 0, backward=backward) for q, k, v in (short, long)}) == 1
 
 
 @needs_amx

@@ -6,14 +6,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from attending import attend, kernel_name
 from conftest import assert_equal
 from torch import Tensor
 
-import model.attention.dispatch
-from model.attention.dispatch import attend, kernel_name, visible
-from model.errors import UserError
-from model.mixers.attention import AttentionSpec
+from model.attention import dispatch
+from model.attention.kernels import masked
+from model.attention.mask import attention_mask
+from model.attention.spec import AttentionSpec
 from model.context import EMPTY, PADDING
+from model.errors import UserError
 
 B, H, T, D = 3, 6, 9, 4
 CPU = torch.device("cpu")
@@ -86,12 +88,12 @@ def test_visible_matches_a_triple_loop(window, n_sink):
         for i in range(6):
             for j in range(7):
                 expected[b, 0, i, j] = sees(int(q_pos[b, i]), int(k_pos[b, j]), window, n_sink)
-    assert torch.equal(visible(q_pos, k_pos, make_spec(window=window, n_sink=n_sink)), expected)
+    assert torch.equal(attention_mask(q_pos, k_pos, make_spec(window=window, n_sink=n_sink)), expected)
 
 
 def test_empty_slots_see_nothing_and_are_seen_by_nobody():
     pos = torch.tensor([[EMPTY, PADDING, 0, 1]])
-    seen = visible(pos, pos, make_spec())[0, 0]
+    seen = attention_mask(pos, pos, make_spec())[0, 0]
     assert not seen[0].any()
     assert not seen[:, 0].any()
 
@@ -172,7 +174,7 @@ def test_scores_exist_in_pieces_that_change_nothing(monkeypatch, limit):
     spec, pos = make_spec(window=4, n_sink=1, softcap=0.7, alibi=True), torch.arange(T).expand(B, -1)
     qkv = make_qkv(spec)
     whole = attend(*qkv, pos, pos, spec)
-    monkeypatch.setattr(model.attention.dispatch, "MASK_ELEMENTS", limit)
+    monkeypatch.setattr(masked, "MASK_ELEMENTS", limit)
     assert_equal(attend(*qkv, pos, pos, spec), whole)
 
 
@@ -184,7 +186,7 @@ def test_shaped_scores_take_a_kernel_that_knows_them(shape):
     assert kernel_name(spec, T, CPU, torch.float32, contiguous=False) == "masked-scores"
     assert kernel_name(make_spec(kernel="masked", **shape), T, CPU, torch.float32) == "masked-scores"
     for kernel in ("sdpa", "amx", "flex"):
-        with pytest.raises(UserError, match=rf"kernel \({kernel}\) knows no {spec.shapes_scores[0]}: take tiles"):
+        with pytest.raises(UserError, match=rf"kernel \({kernel}\) does not support {spec.score_mods[0]}: take tiles"):
             kernel_name(make_spec(kernel=kernel, **shape), T, torch.device("cuda"), torch.bfloat16)
 
 
@@ -208,7 +210,7 @@ def test_tiles_of_queries_change_nothing(monkeypatch, limit):
     spec = make_spec(window=4, n_sink=1)
     qkv, pos = make_qkv(spec), torch.arange(T).expand(B, -1)
     untiled = attend(*qkv, pos, pos, spec).detach()
-    monkeypatch.setattr(model.attention.dispatch, "MASK_ELEMENTS", limit)
+    monkeypatch.setattr(masked, "MASK_ELEMENTS", limit)
     assert_same_with_gradients(lambda: attend(*qkv, pos, pos, spec), lambda: attend_by_loops(*qkv, pos, pos, spec), qkv)
     assert_equal(attend(*qkv, pos, pos, spec), untiled)
 
@@ -228,7 +230,7 @@ def sdpa_calls(monkeypatch) -> list[dict]:
 
 def test_masks_stay_below_their_limit(monkeypatch, sdpa_calls):
     spec, limit = make_spec(window=4), 200
-    monkeypatch.setattr(model.attention.dispatch, "MASK_ELEMENTS", limit)
+    monkeypatch.setattr(masked, "MASK_ELEMENTS", limit)
     pos = torch.arange(T).expand(B, -1)
     attend(*make_qkv(spec), pos, pos, spec)
     assert len(sdpa_calls) > 1
@@ -241,8 +243,8 @@ def test_masks_stay_below_their_limit(monkeypatch, sdpa_calls):
 def test_kernel_name_is_what_ran(sdpa_calls, monkeypatch, window, contiguous, n_kv_head):
     spec, pos = make_spec(window=window, n_kv_head=n_kv_head), torch.arange(T)[None]
     tiled = []
-    original = model.attention.dispatch.tiles
-    monkeypatch.setattr(model.attention.dispatch, "tiles", lambda *args: tiled.append(args) or original(*args))
+    original = dispatch.tiles
+    monkeypatch.setattr(dispatch, "tiles", lambda *args: tiled.append(args) or original(*args))
     attend(*make_qkv(spec), pos, pos, spec, contiguous=contiguous)
     name = kernel_name(spec, T, CPU, torch.float64, contiguous=contiguous)
     assert bool(tiled) == (name == "tiles")
@@ -259,7 +261,7 @@ def test_causal_kernel_takes_only_whole_sequences(window, contiguous):
 
 
 def test_a_kernel_that_cannot_serve_is_refused_and_not_replaced():
-    with pytest.raises(UserError, match=r"kernel \(sdpa\) knows no window \(3 of 9 tokens\): take tiles"):
+    with pytest.raises(UserError, match=r"kernel \(sdpa\) does not support a window \(3 of 9 tokens\): take tiles"):
         kernel_name(make_spec(window=3, kernel="sdpa"), T, CPU, torch.float32)
     with pytest.raises(UserError, match=r"kernel \(flex\) needs cuda, not cpu: take tiles"):
         kernel_name(make_spec(window=3, kernel="flex"), T, CPU, torch.float32)

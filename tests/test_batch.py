@@ -9,9 +9,9 @@ from networks import tiny_config, tiny_model
 
 from configs.load import load
 from inference.cache_parity import agreement
+from inference.sampling import Sampler, chunks, pad_right, stream
 from model.cache import KVCache
 from model.gpt import GPT
-from inference.sampling import Sampler, chunks, pad_right, stream
 
 W, N = 4, 14
 LENGTHS = [1, 3, 4, 5, 7, 8, 11, 3 * W]

@@ -9,8 +9,8 @@ from networks import tiny_config, tiny_model
 from torch import Tensor
 
 from model.cache import KVCache, n_slots, slot_positions
+from model.context import EMPTY, PADDING, ForwardContext
 from model.errors import UserError
-from model.context import EMPTY, PADDING, Step
 
 K, D = 2, 5
 
@@ -162,14 +162,14 @@ def test_reset_cache_says_that_it_is_empty():
     assert (cache.pos.tolist(), cache.length, cache.ragged) == ([0, 0, 0], 0, False)
 
 
-def make_step(past: list[int], added: list[int] | int, T: int, *, past_bound: int, ragged: bool) -> Step:
+def make_step(past: list[int], added: list[int] | int, T: int, *, past_bound: int, ragged: bool) -> ForwardContext:
     """What GPT says of a chunk: rows that have seen `past`, and take T tokens or, padded, `added` of them."""
     padded = not isinstance(added, int)
     seen = torch.tensor(past if ragged else past[:1])
     pos = seen[:, None] + torch.arange(T)
     if padded:
         pos = torch.where(torch.arange(T) < torch.tensor(added)[:, None], pos, PADDING)
-    return Step(
+    return ForwardContext(
         pos=pos,
         contiguous=not padded and past_bound == 0,
         padded=padded,

@@ -14,8 +14,8 @@ from networks import tiny_config, tiny_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artifacts import safetensors_io as tensors
 from artifacts import checkpoint
+from artifacts import safetensors_io as tensors
 from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
@@ -144,7 +144,12 @@ FULL_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space
 def fail_at(monkeypatch: pytest.MonkeyPatch, where: str, call: int, error: BaseException) -> None:
     """Let one call of a function raise."""
     module, _, name = where.rpartition(".")
-    owner: object = {"artifacts.checkpoint": checkpoint, "artifacts.safetensors_io": tensors, "os": os, "pathlib.Path": Path}[module]
+    owner: object = {
+        "artifacts.checkpoint": checkpoint,
+        "artifacts.safetensors_io": tensors,
+        "os": os,
+        "pathlib.Path": Path,
+    }[module]
     original, calls = getattr(owner, name), iter(range(1, 1000))
 
     def wrapped(*args, **kwargs):

@@ -4,7 +4,7 @@ import pytest
 from networks import tiny_config
 from pydantic import ValidationError
 
-from model.config import ModelConfig, describe_layers, expand_pattern
+from model.config import ModelConfig, expand_pattern
 from model.mixers import MIXERS
 
 WORDS = ", ".join(MIXERS)
@@ -217,7 +217,7 @@ def test_ratio_equals_its_expansion():
 
 
 def test_description_of_layers_is_short():
-    assert describe_layers(tiny_config(pattern="5:1", n_layer=13, window=3).layers) == "swa*5 full swa*5 full swa"
+    assert tiny_config(pattern="5:1", n_layer=13, window=3).describe() == "swa*5 full swa*5 full swa"
 
 
 def test_only_sliding_layers_have_window_and_sinks():

@@ -13,9 +13,9 @@ from conftest import CPU, run_program, save_run
 import generate
 from artifacts.run_dir import RunDir
 from data.tokenizer import make_tokenizer
+from inference.sampling import Sampler, stream
 from inference.transcript import Transcript
 from model.gpt import GPT
-from inference.sampling import Sampler, stream
 
 TEN = ("--max-new-tokens", 10, "--no-stop-at-end")
 

@@ -16,7 +16,7 @@ import train
 from artifacts.run_dir import RunDir
 from data.huggingface_tokenizer import read_tokenizer_json, write_tokenizer_json
 from data.tokenizer import Tokenizer, make_tokenizer
-from model.context import Step
+from model.context import ForwardContext
 from scripts.convert import __main__ as convert
 
 each_design = pytest.mark.parametrize("name", DESIGNS)
@@ -148,7 +148,7 @@ def test_gpt_oss_attention_equals_theirs(transformers, record_property):
     config = transformers.GptOssConfig(**numbers, attn_implementation="eager")
     design = {"pattern": "swa full", "window": W, "rope_base": 500.0, "sink_logit": True, "attn_bias": "all"}
     model = tiny_model(tiny_config(n_embd=24, qk_norm=False, **YARN, **design), dtype=torch.float32)
-    x, step = torch.randn(2, T, 24), Step(pos=torch.arange(T)[None])
+    x, step = torch.randn(2, T, 24), ForwardContext(pos=torch.arange(T)[None])
     causal = torch.arange(T)[:, None] - torch.arange(T)
     for i, block in enumerate(model.h):
         mixer, attention = block.mixer, GptOssAttention(config, layer_idx=i)

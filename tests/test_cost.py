@@ -11,12 +11,12 @@ from networks import designs, tiny_config, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model.attention.dispatch
+from model.attention import dispatch
+from model.attention.mask import attention_mask
+from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
 from model.cost import cache_bytes, n_params, train_flops
 from model.gpt import GPT
-from model.mixers.attention import AttentionSpec
-from model.attention.mask import visible
 
 B, T = 3, 13
 
@@ -48,15 +48,13 @@ def test_gpt2_has_124_million_parameters():
 def test_pairs_are_those_that_are_visible(window, n_sink):
     spec = AttentionSpec(n_embd=20, n_head=6, n_kv_head=2, head_dim=8, window=window, n_sink=n_sink)
     pos = torch.arange(T)[None]
-    assert spec.n_pairs(T) == visible(pos, pos, spec).sum()
+    assert spec.n_pairs(T) == attention_mask(pos, pos, spec).sum()
 
 
 def counted_flops(config: ModelConfig, *, backward: bool) -> int:
     """What PyTorch counts for one batch when attention is two matrix products over all T x T pairs."""
     network, idx = tiny_model(config), random_tokens(B, T)
-    masked = patch.object(
-        model.attention.dispatch, "kernel_name", lambda spec, *_, **__: "masked-scores" if spec.shapes_scores else "masked"
-    )
+    masked = patch.object(dispatch, "kernel_for", lambda spec, call: "masked")
     with masked, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         logits = network(idx)
         if backward:

@@ -11,10 +11,10 @@ import torch
 from conftest import assert_equal, logits_in_chunks, random_tokens
 from networks import tiny_config, tiny_model
 
-from model.attention import rope as positions
-from model.memory import measure_peak
-from model.attention.rope import Rope, angles, angles_in_integers
 from inference.sampling import Sampler, prefill, stream
+from model.attention import rope as positions
+from model.attention.rope import Rope, angles, angles_in_integers
+from model.memory import measure_peak
 
 CPU = torch.device("cpu")
 W = 4

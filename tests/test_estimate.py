@@ -4,11 +4,12 @@ import pytest
 import torch
 from networks import tiny_config
 
-from training.estimate import train_peak
 from model.gpt import GPT
-from model.memory import measure_peak, training_tensors
-from training.optim import make_optimizers
+from model.memory import measure_peak
 from scripts import memory
+from training.estimate import train_peak
+from training.memory import training_tensors
+from training.optim import make_optimizers
 
 SHAPES = {
     "activations rule": {"n_embd": 96, "block_size": 192, "n_layer": 3, "pattern": "2:1", "window": 20, "n_sink": 2},

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from training_runs import losses
 
 import train
-from artifacts.run_dir import RunDir
-from artifacts import safetensors_io as tensors
 from artifacts import checkpoint
+from artifacts import safetensors_io as tensors
+from artifacts.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

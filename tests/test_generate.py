@@ -13,10 +13,10 @@ from networks import SMALL, tiny_config, tiny_model
 import generate
 from artifacts.run_dir import RunDir
 from data.tokenizer import make_tokenizer
+from inference.sampling import Sampler, stream
 from model import cost
 from model.cache import KVCache
 from training.optim import Optimizers
-from inference.sampling import Sampler, stream
 
 BYTE = make_tokenizer("byte")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from networks import tiny_config, tiny_model
 
-from inference import sampling
 from inference import compiled_decode as decode
+from inference import sampling
 from model.device import no_compiling, resolve
 
 LONG = ("--max-new-tokens", 25, "--no-stop-at-end")

@@ -10,12 +10,12 @@ from conftest import assert_equal, logits_in_chunks, logits_ragged, random_token
 from networks import VOCAB, tiny_config, tiny_model
 from torch import nn
 
+from model.attention.rope import Rope, rotate
 from model.config import ModelConfig
+from model.context import ForwardContext
 from model.errors import UserError
 from model.gpt import GPT
 from model.layers import RMSNorm, RMSNormPlusOne, rms_norm
-from model.attention.rope import Rope, rotate
-from model.context import Step
 
 B, T = 3, 13
 DEPTH = {"n_layer": 5, "window": 4, "n_sink": 1}
@@ -237,7 +237,7 @@ def test_rmsnorm_of_one_more_equals_the_norm_of_its_weight_plus_one():
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_gates_scale_each_head_or_channel_by_a_sigmoid_of_the_layers_input(gate):
     config = tiny_config(n_layer=1, attn_gate=gate)
-    mixer, step = tiny_model(config).h[0].mixer, Step(pos=torch.arange(T)[None])
+    mixer, step = tiny_model(config).h[0].mixer, ForwardContext(pos=torch.arange(T)[None])
     x, heads = torch.randn(B, T, 20).double(), []
     mixer.c_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
     mixer(x, step)

@@ -11,9 +11,9 @@ from networks import tiny_config, tiny_model
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.context import ForwardContext
 from model.gpt import GPT
 from model.mixers.attention import Attention
-from model.context import Step
 
 B, T, W = 3, 23, 4
 LOOSE = 1e-6  # cos and sin are float32, and different positions give the same distance
@@ -58,12 +58,12 @@ def test_a_layer_is_what_a_cache_built_anew_for_every_query_gives(window, n_sink
     model = tiny_model(in_cache(window, n_sink))
     mixer, x = model.h[0].mixer, torch.randn(1, T, 20, dtype=torch.float64)
     if sizes is None:
-        found = mixer(x, Step(pos=torch.arange(T)[None], added=T))
+        found = mixer(x, ForwardContext(pos=torch.arange(T)[None], added=T))
     else:
         cache, found = mixer.new_cache(1, T, x.device, x.dtype), []
         for start, n in zip([sum(sizes[:i]) for i in range(len(sizes))], sizes, strict=True):
             past = torch.tensor([start])
-            step = Step(
+            step = ForwardContext(
                 pos=past[:, None] + torch.arange(n), contiguous=start == 0, past=past, added=n, past_bound=start
             )
             found.append(mixer(x[:, start : start + n], step, cache))

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from networks import tiny_config, tiny_model
 
 from inference import compiled_decode as decode
-from model.cost import cache_bytes, read_bytes
-from model.int8 import to_int8
-from model.memory import step_bytes
-from model.mixers import MIXERS
 from inference.quantize import Int8Linear, quantize
+from model.cost import cache_bytes, read_bytes, step_bytes
+from model.int8 import to_int8
+from model.mixers import MIXERS
 
 SIZES = {"window": 4, "n_sink": 1, "sparse_block": 3, "n_summary": 1, "star_context": 8, "head_windows": (2, 5)}
 each_kind = pytest.mark.parametrize("kind", MIXERS)

@@ -4,18 +4,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from attending import attend, kernel_name
 from conftest import assert_equal
 from torch import Tensor
 
-import model.attention.dispatch
 import model.attention.kernels.tiles
-from model.attention.dispatch import attend, kernel_name
+from model import cpu
 from model.attention.kernels.flex import block_mask
 from model.attention.kernels.tiles import block_size, tiles, work_bytes
-from model.memory import measure_peak
-from model.mixers.attention import AttentionSpec
+from model.attention.mask import attention_mask
 from model.attention.rope import alibi_slopes
-from model.attention.mask import visible
+from model.attention.spec import AttentionSpec
+from model.memory import measure_peak
 
 B, H, K, D = 2, 6, 2, 4
 CUDA = pytest.mark.gpu
@@ -48,7 +48,7 @@ def judged(inputs: list[Tensor], grad: Tensor, spec: AttentionSpec) -> list[Tens
 @pytest.fixture(params=[False, True], ids=["no AMX", "AMX"])
 def amx(request, monkeypatch) -> bool:
     half = (torch.device("cpu"), torch.bfloat16)
-    monkeypatch.setattr(model.attention.dispatch, "serves", lambda head_dim, *here: request.param and here == half)
+    monkeypatch.setattr(cpu, "attention_serves", lambda d, dv, *here: request.param and here == half)
     return request.param
 
 
@@ -92,7 +92,7 @@ def test_tiles_of_a_chunk_over_a_cache_equal_the_masked_form(dtype, window, n_si
     for (q, k, v, *sink), kernel in ((inputs, "tiles"), (wide, "masked")):
         spec = make_spec(window=window, n_sink=n_sink, kernel=kernel, **shape)
         name = kernel_name(spec, n, q.device, q.dtype, contiguous=False, in_order=True)
-        assert name == (kernel if kernel == "tiles" else kernel + "-scores" * bool(spec.shapes_scores))
+        assert name == (kernel if kernel == "tiles" else kernel + "-scores" * bool(spec.score_mods))
         y = attend(q, k, v, pos[:, -n:], pos, spec, sink_logit=sink[0] if learned else None, in_order=True)
         results.append(outputs(y, [q, k, v, *sink], grad[:, :, first:].to(q.dtype)))
     for actual, expected in zip(*results, strict=True):
@@ -226,7 +226,7 @@ def test_a_forward_holds_what_it_is_said_to(rows, heads, kv_heads, T, n, window,
     try:
         with measure_peak(torch.device("cpu")) as found:
             out = tiles(q, k, v, *numbers)
-        said = work_bytes(q, k, *numbers, backward=False)
+        said = work_bytes(q, k, v, *numbers, backward=False)
     finally:
         torch.set_num_threads(threads)
     assert found.bytes is not None
@@ -258,7 +258,7 @@ def test_a_window_of_one_text_holds_no_more_than_fused_full_attention(dtype, T):
 
 @pytest.mark.parametrize("vectors", [False, True])
 def test_blocks_of_half_types_are_wider_where_fused_attention_holds_more(monkeypatch, vectors):
-    monkeypatch.setattr(model.attention.kernels.tiles, "has_avx512_bf16", lambda: vectors)
+    monkeypatch.setattr(cpu, "has_avx512_bf16", lambda: vectors)
     sizes = {window: block_size(window, torch.bfloat16) for window in (1, 256, 512, 9999)}
     assert sizes == {1: 96 if vectors else 64, 256: 96 if vectors else 64, 512: 128, 9999: 256}
     assert block_size(9999, torch.float32) == 64
@@ -281,7 +281,7 @@ def test_flex_mask_is_visible(window, n_sink):
     pos = torch.arange(T)
     mask = block_mask(T, window, n_sink, torch.device("cpu"))
     seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), pos[:, None], pos[None])
-    assert torch.equal(seen, visible(pos[None], pos[None], make_spec(window=window, n_sink=n_sink))[0, 0])
+    assert torch.equal(seen, attention_mask(pos[None], pos[None], make_spec(window=window, n_sink=n_sink))[0, 0])
 
 
 @CUDA

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import generate
 import train
+from model.context import ForwardContext
 from model.mixers.linear import CHUNK, LinearAttention, LinearSpec, chunked
-from model.context import Step
 
 B, H, D, E = 2, 3, 4, 5
 
@@ -46,7 +46,7 @@ def test_output_is_a_weighted_mean_of_values():
     values = mixer.c_v(x).view(B, 9, 6, 8)
     heads = []
     mixer.c_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0].view(B, 9, 6, 8)))
-    mixer(x, Step(pos=torch.arange(9)[None]))
+    mixer(x, ForwardContext(pos=torch.arange(9)[None]))
     assert_equal(heads[0][:, 0], values[:, 0], 1e-5)  # the first token sees itself
     low, high = values.cummin(dim=1).values, values.cummax(dim=1).values
     assert ((heads[0] >= low - 1e-4) & (heads[0] <= high + 1e-4)).all()
@@ -57,7 +57,7 @@ def test_flops_are_those_that_pytorch_counts(T):
     spec = LinearSpec(n_embd=20, n_head=6, head_dim=8)
     mixer, x = LinearAttention(spec), torch.randn(B, T, 20)
     with FlopCounterMode(display=False) as counter:
-        mixer(x, Step(pos=torch.arange(T)[None]))
+        mixer(x, ForwardContext(pos=torch.arange(T)[None]))
     assert counter.get_total_flops() == B * spec.forward_flops(T)
 
 

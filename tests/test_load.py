@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from configs.load import build, from_command_line, load
 from configs.schema import RunConfig
-from model.config import Section
 from model.errors import UserError
 from model.mixers import MIXERS
+from model.section import Section
 
 WORDS = ", ".join(MIXERS)
 

@@ -9,6 +9,8 @@ from conftest import assert_equal, needs_amx, random_tokens
 from networks import tiny_config, tiny_model
 
 import model.loss
+from model import cpu
+from model.cpu import loss_rows
 from model.loss import cross_entropy
 
 B, T, C, V = 3, 7, 5, 31
@@ -27,7 +29,7 @@ def problem():
 @pytest.fixture(params=[1, V, 4 * V, 1 << 23], ids=lambda n: f"{n}-elements")
 def chunk_elements(request, monkeypatch):
     monkeypatch.setattr(model.loss, "CHUNK_ELEMENTS", request.param)
-    monkeypatch.setattr(model.loss, "CACHED_ELEMENTS", 2 * V)
+    monkeypatch.setattr(loss_rows, "CACHED_ELEMENTS", 2 * V)
 
 
 @pytest.mark.usefixtures("chunk_elements")
@@ -108,8 +110,8 @@ def test_loss_is_float32(problem, dtype):
 def test_loss_does_not_hold_all_logits(problem, monkeypatch):
     x, weight, targets = problem
     monkeypatch.setattr(model.loss, "CHUNK_ELEMENTS", 4 * V)
-    sizes, of_rows = [], model.loss._loss_and_slope
-    monkeypatch.setattr(model.loss, "_loss_and_slope", lambda x, *args: sizes.append(x.numel()) or of_rows(x, *args))
+    sizes, of_rows = [], model.loss._loss_and_grad
+    monkeypatch.setattr(model.loss, "_loss_and_grad", lambda x, *args: sizes.append(x.numel()) or of_rows(x, *args))
     cross_entropy(x, weight, targets).backward()
     assert len(sizes) > 1
     assert sum(sizes) == targets.numel() * V
@@ -120,7 +122,7 @@ def test_loss_does_not_hold_all_logits(problem, monkeypatch):
 def test_parts_of_the_vocabulary_do_not_change_the_gradients(problem, words, monkeypatch):
     x, weight, targets = problem
     whole = torch.autograd.grad(cross_entropy(x, weight, targets), (x, weight))
-    monkeypatch.setattr(model.loss, "CACHED_WORDS", words)
+    monkeypatch.setattr(loss_rows, "VOCABULARY_CHUNK", words)
     monkeypatch.setattr(model.loss, "CHUNK_ELEMENTS", 4 * V)
     for got, expected in zip(torch.autograd.grad(cross_entropy(x, weight, targets), (x, weight)), whole, strict=True):
         assert_equal(got, expected)
@@ -156,8 +158,8 @@ def test_rows_in_cpp_equal_exact_ones(words, z_loss):
     losses = F.cross_entropy(exact, targets, reduction="none")
     z = z_loss * exact.logsumexp(1).square() * (targets != -100)
     ((losses + z) * weights).sum().backward()
-    assert_equal(model.loss._loss_and_slope(logits, targets, None, None, z_loss).double(), losses.detach(), 2e-5)
-    assert_equal(model.loss._loss_and_slope(logits, targets, weights, None, z_loss).double(), losses.detach(), 2e-5)
+    assert_equal(model.loss._loss_and_grad(logits, targets, None, None, z_loss).double(), losses.detach(), 2e-5)
+    assert_equal(model.loss._loss_and_grad(logits, targets, weights, None, z_loss).double(), losses.detach(), 2e-5)
     assert ((logits - exact.grad).abs() <= exact.grad.abs() / 256 + 1e-6).all()  # rounded to bfloat16, no more
 
 
@@ -170,11 +172,11 @@ def test_loss_in_cpp_equals_the_one_without(problem, reduction, monkeypatch):
         loss = cross_entropy(x, weight, targets, reduction)
         return loss.detach(), *torch.autograd.grad(loss.sum(), (x, weight))  # the sum's gradient is one number for all
 
-    calls, in_cpp = [], model.loss._in_cpp
-    monkeypatch.setattr(model.loss, "_in_cpp", lambda *args: calls.append(1) or in_cpp(*args))
+    calls, in_cpp = [], cpu.loss_and_grad
+    monkeypatch.setattr(cpu, "loss_and_grad", lambda *args: calls.append(1) or in_cpp(*args))
     ours = loss_and_gradients()
     assert calls
-    monkeypatch.setattr(model.loss, "native", lambda: None)
+    monkeypatch.setattr(loss_rows, "cpp_ops", lambda: None)
     for got, expected in zip(ours, loss_and_gradients(), strict=True):
         assert_equal(got.double(), expected.double(), 1e-2)
     assert len(calls) == (1 if reduction == "mean" else 2)
@@ -185,7 +187,7 @@ def test_loss_in_cpp_equals_the_one_without(problem, reduction, monkeypatch):
 def test_what_is_not_finite_stays_so_in_cpp(bad):
     logits = torch.zeros(2, 40).bfloat16()
     logits[1, 33] = bad
-    losses = model.loss._loss_and_slope(logits, torch.tensor([4, 4]), None, None, 0.0)
+    losses = model.loss._loss_and_grad(logits, torch.tensor([4, 4]), None, None, 0.0)
     assert losses[0].item() == pytest.approx(math.log(40))
     assert losses[1].isnan()
 
@@ -195,26 +197,26 @@ def test_targets_of_any_layout_and_width_in_cpp():
     logits, targets = torch.randn(5, 40).bfloat16(), torch.tensor([4, 5, -100, 39, 0])
     expected = F.cross_entropy(logits.float(), targets, reduction="none")
     for same in (targets.int(), targets.repeat_interleave(2)[::2]):
-        assert_equal(model.loss._loss_and_slope(logits, same, None, None, 0.0), expected, 2e-5)
+        assert_equal(model.loss._loss_and_grad(logits, same, None, None, 0.0), expected, 2e-5)
 
 
 @needs_amx
 def test_no_rows_have_no_losses_in_cpp():
     logits, targets = torch.zeros(0, 40).bfloat16(), torch.zeros(0, dtype=torch.long)
-    assert model.loss._loss_and_slope(logits, targets, torch.zeros(0), None, 0.0).shape == (0,)
+    assert model.loss._loss_and_grad(logits, targets, torch.zeros(0), None, 0.0).shape == (0,)
 
 
 @needs_amx
 def test_a_target_beyond_the_vocabulary_is_refused_in_cpp():
     with pytest.raises(IndexError, match="target 40 is not one of 40 tokens"):
-        model.loss._loss_and_slope(torch.zeros(2, 40).bfloat16(), torch.tensor([4, 40]), None, None, 0.0)
+        model.loss._loss_and_grad(torch.zeros(2, 40).bfloat16(), torch.tensor([4, 40]), None, None, 0.0)
 
 
 @needs_amx
 def test_what_the_cpp_does_not_know_goes_without(monkeypatch):
-    monkeypatch.setattr(model.loss, "_in_cpp", None)
+    monkeypatch.setattr(cpu, "loss_and_grad", None)
     for dtype, softcap in ((torch.bfloat16, 3.0), (torch.float32, None)):
-        losses = model.loss._loss_and_slope(torch.zeros(2, 40, dtype=dtype), torch.tensor([4, 5]), None, softcap, 0.0)
+        losses = model.loss._loss_and_grad(torch.zeros(2, 40, dtype=dtype), torch.tensor([4, 5]), None, softcap, 0.0)
         assert losses.tolist() == pytest.approx([math.log(40)] * 2)
 
 
@@ -222,4 +224,4 @@ def test_what_the_cpp_does_not_know_goes_without(monkeypatch):
 def test_the_loss_in_cpp_is_an_operator():
     logits, targets = torch.randn(5, 40).bfloat16(), torch.tensor([4, 5, -100, 39, 0])
     for weights in (None, torch.rand(5)):
-        torch.library.opcheck(model.loss._in_cpp, (logits, targets, weights, 0.1))  # for estimates of memory, too
+        torch.library.opcheck(cpu.loss_and_grad, (logits, targets, weights, 0.1))  # for estimates of memory, too

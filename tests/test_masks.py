@@ -5,8 +5,8 @@ import torch
 from conftest import assert_equal, random_tokens, save_run
 from networks import tiny_config, tiny_model
 
+from model.attention.mask import attention_mask
 from model.mixers.attention import Attention
-from model.attention.mask import visible
 from scripts import masks
 from scripts.masks import weights_of
 
@@ -31,7 +31,7 @@ def test_weights_are_where_keys_are_visible_and_give_the_layers_output(design):
         mixer.register_forward_hook(lambda m, args, out, found=found: found.update(args=args, out=out))
         model(random_tokens(1, T))
         weights = weights_of(mixer, found["args"]).double()  # (H, T, T)
-        seen = visible(torch.arange(T)[None], torch.arange(T)[None], mixer.spec)[0]
+        seen = attention_mask(torch.arange(T)[None], torch.arange(T)[None], mixer.spec)[0]
         assert torch.equal(weights > 0, seen.expand(6, -1, -1))
         total = weights.sum(dim=-1)
         assert (total < 1).all() if mixer.sink_logit is not None else torch.allclose(total, torch.ones(6, T).double())

@@ -8,12 +8,11 @@ from conftest import random_tokens
 from networks import tiny_config, tiny_model
 
 from inference import statistics as module
-from model.cost import cache_bytes, n_params, read_bytes
-from model.device import resolve
-from model.memory import step_bytes
-from inference.statistics import Meter
 from inference.sampling import Sampler, stream
-from model.attention.mask import visible
+from inference.statistics import Meter
+from model.attention.mask import attention_mask
+from model.cost import cache_bytes, n_params, read_bytes, step_bytes
+from model.device import resolve
 
 SLIDING = {"pattern": "swa full", "window": 4, "n_sink": 2}
 
@@ -34,7 +33,7 @@ def clock(monkeypatch):
 def test_bytes_read_are_those_of_the_keys_and_values_that_the_queries_see(start, stop):
     config = tiny_config(**SLIDING)
     pos = torch.arange(stop)[None]
-    seen = sum(int(visible(pos[:, start:], pos, spec).sum()) for spec in config.layers)
+    seen = sum(int(attention_mask(pos[:, start:], pos, spec).sum()) for spec in config.layers)
     assert read_bytes(config, start, stop, torch.bfloat16) == seen * 2 * 2 * 8 * 2  # k and v, heads, width, bytes
     everything = sum(range(start + 1, stop + 1)) * 2  # layers
     assert read_bytes(config, start, stop, torch.bfloat16, rolling=False) == everything * 2 * 2 * 8 * 2

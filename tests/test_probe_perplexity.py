@@ -10,10 +10,10 @@ from evaluated import LINE, figures, loaded, nats
 
 from artifacts.run_dir import RunDir
 from data.loader import IGNORED, TokenArray, eval_batches, stream_hash
-from training.evaluate import LossByPosition
 from scripts import evaluate as script
 from scripts.probes import subject
 from scripts.probes.results import FILE
+from training.evaluate import LossByPosition
 
 # Perplexity.
 

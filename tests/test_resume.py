@@ -11,13 +11,13 @@ from conftest import command_line, run_config
 from training_runs import assert_same
 
 import train
-from training import trainer
+from artifacts import checkpoint
 from artifacts.background import Background
 from artifacts.run_dir import Metrics, RunDir
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer
 from model import memory
-from artifacts import checkpoint
+from training import trainer
 
 
 class Killed(BaseException):

@@ -15,8 +15,8 @@ from artifacts.run_dir import MAY_CHANGE, RunDir, environment
 from configs.schema import RunConfig
 from model.device import resolve
 from model.errors import UserError
-from training.optim import Optimizers
 from training.distributed import World
+from training.optim import Optimizers
 
 # The directory.
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from artifacts import checkpoint
 from artifacts.background import Background
 from artifacts.run_dir import RunDir
-from artifacts import checkpoint
 from model.errors import UserError
 from training.optim import Optimizers
 

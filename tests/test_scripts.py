@@ -10,8 +10,8 @@ from conftest import PATIENCE_S, RUN, run_config, save_run, start_program
 
 import generate
 import train
-from configs.load import from_command_line
 from artifacts.run_dir import RunDir
+from configs.load import from_command_line
 from model import cost
 from model.errors import UserError
 from scripts import demo, measure

@@ -6,10 +6,10 @@ from conftest import assert_equal, cut, logits_in_chunks, random_tokens
 from networks import tiny_config, tiny_model
 
 from model.attention.dispatch import kernel_name
+from model.attention.mask import attention_mask
+from model.attention.sparse import Sparse
 from model.cost import cache_bytes, train_flops
 from model.errors import UserError
-from model.attention.sparse import Sparse
-from model.attention.mask import visible
 
 T, L, W = 29, 4, 3
 DESIGNS = {
@@ -40,7 +40,7 @@ def sees(name: str, i: int, j: int) -> bool:
 
 def seen_by(name: str) -> torch.Tensor:
     pos = torch.arange(T)[None]
-    return visible(pos, pos, tiny_config(**DESIGNS[name]).layers[0])[0, 0]
+    return attention_mask(pos, pos, tiny_config(**DESIGNS[name]).layers[0])[0, 0]
 
 
 @pytest.mark.parametrize("name", ["strided", "fixed", "star", "global"])
@@ -52,7 +52,7 @@ def test_pattern_is_that_of_its_definition(name):
 def test_random_blocks_are_whole_past_the_same_for_a_block_of_queries_and_other_ones_in_other_layers():
     config = tiny_config(**DESIGNS["random"] | {"n_layer": 2})
     pos = torch.arange(300)[None]
-    masks = [visible(pos, pos, spec)[0, 0] for spec in config.layers]
+    masks = [attention_mask(pos, pos, spec)[0, 0] for spec in config.layers]
     assert not torch.equal(*masks)
     q, k = pos[0][:, None], pos[0][None]
     for mask in masks:

@@ -7,8 +7,8 @@ import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inference.detokenizer import Speller
 from data.tokenizer import Tokenizer, make_tokenizer
+from inference.detokenizer import Speller
 from inference.transcript import Transcript
 
 BYTE = make_tokenizer("byte")

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from networks import tiny_config, tiny_model
 from torch import Tensor
 
+from inference.streaming import recomputed_losses, streamed_losses, through_window
 from model.device import resolve
 from model.gpt import GPT
-from inference.streaming import recomputed_losses, streamed_losses, through_window
 
 RUNTIME = resolve("cpu", "float32", "off")
 

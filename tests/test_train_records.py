@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 from training_runs import evaluations_find, losses
 
-from training import trainer
 from data.prepare import prepare
 from model import cost
 from model.memory import measure_peak
+from training import trainer
 from training.optim import Optimizers, lr_factor
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

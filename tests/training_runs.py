@@ -8,8 +8,8 @@ from conftest import run_config
 import train
 from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
-from training.trainer import Trainer
 from training.evaluate import Evaluation
+from training.trainer import Trainer
 
 
 def losses(run: RunDir) -> list[float]:

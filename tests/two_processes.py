@@ -15,14 +15,14 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from training import trainer
 from configs.load import load
-from training import distributed as parallel
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.memory import PeakMemory
-from training.optim import make_optimizers
+from training import distributed as parallel
+from training import trainer
 from training.distributed import Replica, World, like, whole
+from training.optim import make_optimizers
 
 SHAPE = {"vocab_size": 31, "block_size": 16, "n_layer": 3, "n_head": 3, "n_kv_head": 1, "head_dim": 6, "n_embd": 20}
 NUMBERS = {"muon_lr": 0.02, "adamw_lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}

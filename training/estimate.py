@@ -2,8 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,19 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.attention.dispatch import workspaces
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.attention.kernels import tiles
-from model.cpu import amx
 from training.optim import OptimizerName, Optimizers, make_optimizers
 
-# Operators that hold more inside than their results, and which of their arguments is q: of a backward not the first.
-WORK: dict[Any, tuple[Callable[..., int], int]] = {
-    torch.ops.sash.tiles.default: (tiles.work_bytes, 0),
-    torch.ops.sash.tiles_backward.default: (tiles.work_bytes, 1),
-    torch.ops.sash.amx.default: (amx.work_bytes, 0),
-    torch.ops.sash.amx_backward.default: (amx.work_bytes, 3),
-}
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "work")
 
 
@@ -38,7 +29,7 @@ def train_peak(
     with FakeTensorMode(), _Live() as live:
         live.part = "parameters"
         model = GPT(config)
-        model.recompute = recompute
+        model.activation_checkpointing = recompute
         optimizers = make_optimizers(
             model, optimizer=optimizer, muon_lr=0.02, adamw_lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
         )
@@ -90,6 +81,7 @@ class _Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.part = "work"  # what is made now
+        self._workspaces = workspaces()  # operators that use more memory than their results
         self.now: Counter[str] = Counter()
         self.start_peak()
         self._part_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage -> [part]
@@ -99,10 +91,10 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in WORK:
-            work_bytes, first = WORK[func]
-            q, k, _, *numbers = args[first:]
-            self._count_work(work_bytes(q, k, *numbers, backward=first > 0))
+        if func in self._workspaces:
+            work_bytes, first = self._workspaces[func]
+            q, k, v, *numbers = args[first:]
+            self._count_work(work_bytes(q, k, v, *numbers, backward=first > 0))
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self._part_of:
                 label = self._part_of[storage] = [self.part]

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.muon import Muon
 from training.distributed import like
+from training.muon import Muon
 
 Schedule = Literal["cosine", "trapezoid", "constant"]
 OptimizerName = Literal["muon", "adamw"]

@@ -19,11 +19,12 @@ from data.loader import TrainLoader, eval_batches, stream_hash
 from data.prepare import Prepared
 from model import cost
 from model.device import Runtime
+from model.memory import PeakMemory, measure_peak
+from training.distributed import Replica
 from training.evaluate import Evaluation, evaluate
 from training.loss_spikes import StepGuard
-from model.memory import PeakMemory, measure_peak, training_tensors
+from training.memory import training_tensors
 from training.optim import Optimizers, lr_factor
-from training.distributed import Replica
 
 PARTED = 0.02  # both by this fraction: validation loss rose over its best, and training loss fell since
 

@@ -1,4 +1,4 @@
-"""Who sees whom.
+"""The attention mask: which query attends to which key.
 
 window = 3, n_sink = 1            key  0 1 2 3 4 5
                           query 0      x
@@ -9,41 +9,50 @@ the query's own included        3      x x x x
                                 5      x     x x x
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from model.attention.sparse import Sparse
 from model.context import PADDING
 
-if TYPE_CHECKING:
-    from model.mixers.attention import AttentionSpec
+
+class Visibility(Protocol):
+    """The numbers of an AttentionSpec that the mask depends on."""
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def n_sink(self) -> int: ...
+
+    @property
+    def sparse(self) -> Sparse | None: ...
 
 
-def visible(q_pos: Tensor, k_pos: Tensor, spec: AttentionSpec, context: Tensor | None = None) -> Tensor:
-    """(B, Tq) and (B, Tk) positions -> bool (B, 1, Tq, Tk), True where the query sees the key: the only definition.
+def attention_mask(q_pos: Tensor, k_pos: Tensor, spec: Visibility, star_context: Tensor | None = None) -> Tensor:
+    """(B, Tq) and (B, Tk) positions -> bool (B, 1, Tq, Tk), True where the query attends to the key.
 
-    context (B or 1,): the step's, where it has one.
+    The only definition. star_context (B or 1,): as in ForwardContext.
     """
     q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
-    seen = (k >= 0) & sees(q, k, spec.window, spec.n_sink)
+    mask = (k >= 0) & mask_mod(q, k, spec.window, spec.n_sink)
     if spec.sparse is not None:
-        further = (k >= 0) & (k <= q) & spec.sparse.sees(q, k, context)
-        seen = further if spec.window is None else further | seen
-    return seen | ((q == PADDING) & (k == PADDING))  # a row that sees nothing would be NaN on some devices
+        further = (k >= 0) & (k <= q) & spec.sparse.mask_mod(q, k, star_context)
+        mask = further if spec.window is None else further | mask
+    return mask | ((q == PADDING) & (k == PADDING))  # a row that attends to nothing would be NaN on some devices
 
 
 @lru_cache
-def n_visible(spec: AttentionSpec, T: int) -> int:
-    """Visible (query, key) pairs of T tokens, counted."""
+def count_visible(spec: Visibility, T: int) -> int:
+    """(query, key) pairs of T tokens where the mask is True, counted."""
     pos = torch.arange(T)[None]
-    return sum(int(visible(rows, pos, spec).sum()) for rows in pos.split(256, dim=1))
+    return sum(int(attention_mask(rows, pos, spec).sum()) for rows in pos.split(256, dim=1))
 
 
-def sees(q: Tensor, k: Tensor, window: int | None, n_sink: int) -> Tensor:
-    """The rule between real positions, of any shapes that broadcast: kernels build their masks of it."""
+def mask_mod(q: Tensor, k: Tensor, window: int | None, n_sink: int) -> Tensor:
+    """The rule between real positions, of any shapes that broadcast: kernels build their masks from it."""
     past = k <= q
     return past if window is None else past & ((q - k < window) | (k < n_sink))

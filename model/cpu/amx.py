@@ -1,17 +1,20 @@
-"""Attention over windows and sinks in bfloat16 on a CPU with AMX: model/cpp/attention.cpp as an operator.
+"""bfloat16 attention with windows and sinks on a CPU with AMX: cpp/attention.cpp as an operator with a backward.
 
-Dimensions: B batch, H query heads, K KV heads, R = H / K, T keys, Tq queries, D head_dim.
+Dimensions: B batch, H query heads, K KV heads, T keys, Tq queries, D head_dim.
 """
 
 import ctypes
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.cpu.cpp_ops import native
+from model.cpu.cpp_ops import cpp_ops
 
-TASKS = 4  # of a thread in the forward, at least
+TASKS = 4  # fewest pieces of work per thread in the forward
+MULTIPLE = 32  # head widths must be a multiple of this
+NEEDS = f"a CPU with AMX, a C++ compiler, bfloat16 and head_dim a multiple of {MULTIPLE}"
 
 
 class _Rows(ctypes.Structure):
@@ -35,16 +38,29 @@ class _Call(ctypes.Structure):
 
 
 def serves(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `amx` can be called with these, which compiles it at first."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 32 == 0 and native() is not None
+    """Whether `attention` can be called with these; the first call compiles the C++."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and head_dim % MULTIPLE == 0 and cpp_ops() is not None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, scale: float | None = None) -> Tensor:
+    """(B, H, Tq, D) over (B, K, T, D) keys and (B, K, T, Dv) values -> (B, H, Tq, Dv); scale None: 1 / sqrt(D).
+
+    Queries are those of the last Tq keys; each attends to the last `window` keys and the first n_sink. Where D and Dv
+    differ, zeros widen the narrower one.
+    """
+    D, Dv = q.shape[-1], v.shape[-1]
+    if Dv == D:
+        return amx(q, k, v, window, n_sink, scale)[0]
+    scale, width = D**-0.5 if scale is None else scale, max(D, Dv)
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    return amx(q, k, v, window, n_sink, scale)[0][..., :Dv]
 
 
 @torch.library.custom_op("sash::amx", mutates_args=())
 def amx(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D), and the logarithms of the softmax's sums (B, H, Tq), base 2.
+    """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D), and the log-sum-exp of the scores (B, H, Tq), base 2.
 
-    Queries stand at the last Tq keys, and see each the last `window` keys and the first n_sink. D is a multiple of 32;
-    no scale: 1 / sqrt(D). A softmax that goes on from block to block of the keys (2205.14135).
+    An online softmax over blocks of keys (2205.14135).
     """
     q, k, v = (_with_rows(x) for x in (q, k, v))
     out, lse = _results(q)
@@ -81,15 +97,15 @@ def amx_backward(
     return dq, dk, dv
 
 
-def work_bytes(q: Tensor, k: Tensor, window: int, n_sink: int, *_: Any, backward: bool) -> int:
-    """What a call holds beside its arguments and results, of shapes alone."""
+def work_bytes(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, *_: Any, backward: bool) -> int:
+    """Workspace of a call beside its arguments and results, from shapes alone."""
     call = _call(q, k, window, n_sink, None, backward=backward)
     partial = 2 * (call.parts - 1) * k.nbytes  # gradients of keys and values, more than one of each
     return _memory("backward" if backward else "forward", call) + partial
 
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The output lies as the projection after it reads it, time before heads: both keep the same for the backward."""
+    """The output is stored time before heads, as the projection behind it reads it."""
     B, H, Tq, D = q.shape
     return q.new_empty(B, Tq, H, D).transpose(1, 2), q.new_empty(B, H, Tq, dtype=torch.float32)
 
@@ -101,7 +117,7 @@ def _with_rows(x: Tensor) -> Tensor:
 def _call(q: Tensor, k: Tensor, window: int, n_sink: int, scale: float | None, *, backward: bool) -> _Call:
     (B, H, Tq, D), (K, T) = q.shape, k.shape[1:3]
     n_threads, parts, pieces = torch.get_num_threads(), 1, 1
-    if backward:  # gradients of a KV head are sums of one thread, or added up
+    if backward:  # the gradients of a KV head are summed by one thread, or in parts that are added up
         parts = min(H // K, -(-n_threads // (B * K)))
     else:
         pieces = -(-TASKS * n_threads // (B * K))
@@ -117,11 +133,11 @@ def _place(call: _Call, lse: Tensor, **tensors: Tensor) -> None:
 
 def _run(name: str, call: _Call) -> None:
     memory = torch.empty(_memory(name, call), dtype=torch.uint8)  # which torch aligns to 64 bytes
-    getattr(native(), name)(ctypes.byref(call), ctypes.c_void_p(memory.data_ptr()), torch.get_num_threads())
+    getattr(cpp_ops(), name)(ctypes.byref(call), ctypes.c_void_p(memory.data_ptr()), torch.get_num_threads())
 
 
 def _memory(name: str, call: _Call) -> int:
-    loaded = native()
+    loaded = cpp_ops()
     assert loaded is not None
     assert loaded.call_bytes() == ctypes.sizeof(_Call), "window.h and this file differ in what a call is"
     return torch.get_num_threads() * getattr(loaded, f"{name}_bytes")(ctypes.byref(call))
@@ -143,3 +159,8 @@ amx.register_fake(lambda q, *_: _results(q))
 amx_backward.register_fake(
     lambda grad, out, lse, q, k, v, *_: tuple(torch.empty_like(_with_rows(x)) for x in (q, k, v))
 )
+
+WORKSPACE = {  # operator -> its workspace, and the index of q among its arguments
+    torch.ops.sash.amx.default: (work_bytes, 0),
+    torch.ops.sash.amx_backward.default: (work_bytes, 3),
+}

@@ -1,4 +1,4 @@
-"""The C++ of model/cpp, for CPUs with AMX: compiled for this one at its first use, and None where it cannot serve."""
+"""The C++ of model/cpu/cpp, for CPUs with AMX: compiled at its first use for this processor."""
 
 import ctypes
 import sys
@@ -10,7 +10,8 @@ from model.cpu.processor import has_amx
 _loaded: dict[str, ctypes.CDLL | None] = {}  # once it is there, torch.compile does not look into _load
 
 
-def native() -> ctypes.CDLL | None:
+def cpp_ops() -> ctypes.CDLL | None:
+    """The compiled library; None without AMX or a compiler, or where it cannot be loaded."""
     if "library" not in _loaded:
         _loaded["library"] = _load()
     return _loaded["library"]
@@ -22,11 +23,13 @@ def _load() -> ctypes.CDLL | None:
     try:
         loaded = library(Path(__file__).parent / "cpp")
     except BuildError as error:
-        print(f"note: attention, gradients and the loss do without C++, and are slower: {error}", file=sys.stderr)
+        print(
+            f"note: no C++ for attention, gradients and the loss, which are slower without it: {error}", file=sys.stderr
+        )
         return None
     for function in (loaded.call_bytes, loaded.ask, loaded.forward_bytes, loaded.backward_bytes):
         function.restype = ctypes.c_long
     place, number, n_threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     loaded.transpose.argtypes = (place, number, place, number, number, number, n_threads)
-    loaded.loss_and_slope.argtypes = (place,) * 4 + (number,) * 3 + (ctypes.c_float, n_threads)
+    loaded.loss_and_grad.argtypes = (place,) * 4 + (number,) * 3 + (ctypes.c_float, n_threads)
     return loaded if loaded.ask() == 0 else None

@@ -1,8 +1,8 @@
-"""Matrix products with weights, on a CPU in the way that was measured to be the faster one (docs/experiments.md).
+"""Linear layers on a CPU, forward and backward, by the kernel that measured fastest (docs/experiments.md).
 
-On an AMD EPYC with AVX512-BF16 as convolutions with 1 x 1 kernels: oneDNN lays the weights out once for them, and
-float32 products are otherwise MKL's. On an Intel Xeon with AMX those are the slower ones; there it is gradients of
-weights that pay, if what is transposed in them is laid out anew, and if oneDNN does not leave them to a single thread.
+AMD EPYC with AVX512-BF16: as convolutions with 1 x 1 kernels. oneDNN packs the weights once for these, and in float32
+its convolutions beat MKL's matmul. Intel Xeon with AMX: convolutions are slower; instead large weight gradients first
+copy their transposed operand into row order, and are split where oneDNN would leave them to a single thread.
 
 Dimensions: N rows, I inputs, O outputs.
 """
@@ -11,66 +11,63 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.cpu.cpp_ops import native
+from model.cpu.cpp_ops import cpp_ops
 from model.cpu.processor import convolves
 
-LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}  # rows, multiplications: measured
-LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # for their gradients
-LEAST_LAID_OUT = 1 << 19, 3 << 28  # weights, multiplications: from both on gradients are made of a transposed copy
-LEAST_SHARED = 1 << 20  # results: of fewer oneDNN leaves a product to one thread,
-FEW_ROWS, MANY_ROWS = 384, 1024  # but not of up to 384 rows or from 1024 on
+# Thresholds, measured: a matmul becomes a convolution from these many rows and multiply-adds on.
+LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}
+LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # the same for weight gradients
+LEAST_COPIED = 1 << 19, 3 << 28  # weights and multiply-adds from which a transposed copy pays for itself
+LEAST_SHARED = 1 << 20  # results below which oneDNN uses one thread,
+FEW_ROWS, MANY_ROWS = 384, 1024  # unless there are at most 384 rows or at least 1024
 
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN adds the bias; F.linear copies it to each row
 
 
-class Linear(nn.Linear):
-    """nn.Linear, (..., I) -> (..., O), with the products of this file."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = to_product_dtype(x)
-        learns = torch.is_grad_enabled() and _lay_out(x, self.out_features)
-        if not (learns or _convolve(x, self.out_features, LEAST)):
-            return F.linear(x, self.weight, self.bias)
-        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-        return _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, (..., I) -> (..., O), with the matmuls of this file in its forward and backward."""
+    x = _to_autocast_dtype(x)
+    learns = torch.is_grad_enabled() and _copy_transposed(x, len(weight))
+    if not (learns or _convolve(x, len(weight), LEAST)):
+        return F.linear(x, weight, bias)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
 
-def to_product_dtype(x: Tensor) -> Tensor:
-    """x as autocast would make it for a matrix product: once, where several products share it."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+def _to_autocast_dtype(x: Tensor) -> Tensor:
+    return x.to(torch.get_autocast_dtype("cpu")) if x.is_cpu and torch.is_autocast_enabled("cpu") else x
 
 
-def times_transposed(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """(N, I) times (O, I) transposed, into out (N, O). No gradients."""
+def matmul_nt(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """x @ weight.T into out: (N, I), (O, I) -> (N, O). No gradients."""
     if _convolve(x, len(weight), LEAST):
         out.copy_(_forward(x, weight, None))
     else:
         torch.mm(x, weight.T, out=out)
 
 
-def times(grad: Tensor, weight: Tensor) -> Tensor:
-    """(N, O) times (O, I): what times_transposed gives, back to what it was given."""
+def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad @ weight: (N, O), (O, I) -> (N, I)."""
     if not _convolve(grad, weight.shape[1], LEAST):
         return grad @ weight
     return _rows(F.conv_transpose2d(_image(grad), weight[:, :, None, None]))
 
 
-def transposed_times(grad: Tensor, x: Tensor) -> Tensor:
-    """(N, O) transposed times (N, I) -> (O, I): the gradient of what times_transposed multiplied by."""
-    if _lay_out(grad, x.shape[1]):
-        return _in_pieces(_transposed(grad), x)
-    copied = not grad.is_contiguous()  # as columns of a wider matrix are; in bfloat16 that takes what would be saved
+def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """grad.T @ x: (N, O), (N, I) -> (O, I)."""
+    if _copy_transposed(grad, x.shape[1]):
+        return _all_threads(_transposed(grad), x)
+    copied = not grad.is_contiguous()  # columns of a wider matrix; copying bfloat16 costs as much as is gained
     if (copied and grad.dtype == torch.bfloat16) or not _convolve(grad, x.shape[1], LEAST_OF_WEIGHTS):
         return grad.T @ x
     return F.conv_transpose2d(x[None, :, :, None], grad[:, :, None, None])[0, :, :, 0]
 
 
 def _convolve(x: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int]]) -> bool:
-    """Whether (..., C) is multiplied faster as a convolution to `others` columns; with one thread it never is."""
+    """Whether a convolution multiplies (..., C) by (C, others) faster; with one thread it never does."""
     if torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in sizes:
         return False
     least_rows, least = sizes[x.dtype]
@@ -78,35 +75,35 @@ def _convolve(x: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int]])
     return n * others >= least and n >= least_rows * x.shape[-1] and torch.get_num_threads() > 1 and convolves()
 
 
-def _lay_out(x: Tensor, others: int) -> bool:
-    """Whether the gradient of weights between C and `others`, of (..., C), is made faster of a transposed copy."""
-    least_weights, least = LEAST_LAID_OUT
+def _copy_transposed(x: Tensor, others: int) -> bool:
+    """Whether a transposed copy of (..., C) makes the gradient of a (C, others) weight faster."""
+    least_weights, least = LEAST_COPIED
     if not x.is_cpu or x.dtype != torch.bfloat16 or x.shape[-1] * others < least_weights:
         return False
-    return x.numel() * others >= least and native() is not None
+    return x.numel() * others >= least and cpp_ops() is not None
 
 
 @torch.library.custom_op("sash::transposed", mutates_args=())
 def _transposed(rows: Tensor) -> Tensor:
-    """(N, C) -> (C, N), laid out anew by model/cpp."""
-    loaded = native()
+    """(N, C) -> (C, N), copied into row order by cpp/transpose.cpp."""
+    loaded = cpp_ops()
     assert loaded is not None
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = _room_of_transposed(rows)
+    out = _empty_transposed(rows)
     places = out.data_ptr(), out.stride(0), rows.data_ptr(), rows.stride(0)
     loaded.transpose(*places, *rows.shape, torch.get_num_threads())
     return out
 
 
 @_transposed.register_fake
-def _room_of_transposed(rows: Tensor) -> Tensor:
-    """More than N from row to row: rows that are a power of two apart share places in the cache."""
+def _empty_transposed(rows: Tensor) -> Tensor:
+    """A row stride above N: rows that are a power of two apart would compete for the same cache lines."""
     N, C = rows.shape
     return rows.new_empty(C, (N // 32 + 2) * 32)[:, :N]
 
 
-def _in_pieces(rows: Tensor, x: Tensor) -> Tensor:
-    """(O, N) times (N, I) -> (O, I), with all threads."""
+def _all_threads(rows: Tensor, x: Tensor) -> Tensor:
+    """rows @ x, (O, N), (N, I) -> (O, I), split so that all threads work."""
     if len(rows) * x.shape[1] >= LEAST_SHARED or not FEW_ROWS < len(rows) < MANY_ROWS:
         return rows @ x
     return torch.cat([some @ x for some in rows.chunk(-(-len(rows) // FEW_ROWS))])
@@ -129,7 +126,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))
 
 
-class _Product(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -141,7 +138,7 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            times(grad, weight) if of_x else None,
-            transposed_times(grad, x) if of_weight else None,
+            grad_input(grad, weight) if of_x else None,
+            grad_weight(grad, x) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )

@@ -1,16 +1,16 @@
-"""The table of mixers: a word of the pattern and the module that it builds. docs/add-a-mixer.md adds one.
-
-A mixer is a module with `spec_from(config, kind, nth)`, which says all its numbers in a frozen record; `Mixer(spec)`;
-`forward(x, step, cache=None)`, (B, T, C) -> (B, T, C); and `new_cache(batch_size, max_length, device, dtype, rolling)`,
-its own state object (`model.cache.LayerState`). The record counts: `model.mixers.base.MixerSpec`.
-"""
+"""The table of mixers: each word of a pattern and its module. docs/add-a-mixer.md adds one."""
 
 from model.mixers.attention import Attention
+from model.mixers.base import Mixer
 from model.mixers.linear import LinearAttention
 from model.mixers.multi_window import MultiWindowAttention
 
-MIXERS: dict[str, type[Attention | MultiWindowAttention | LinearAttention]] = {
-    **dict.fromkeys(("full", "swa", "strided", "fixed", "star"), Attention),
+MIXERS: dict[str, type[Mixer]] = {
+    "full": Attention,
+    "swa": Attention,
+    "strided": Attention,
+    "fixed": Attention,
+    "star": Attention,
     "mswa": MultiWindowAttention,
     "linear": LinearAttention,
 }

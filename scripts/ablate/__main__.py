@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import tyro
 from filelock import FileLock
 
-from cli.program import at_least, exit_with_one_line
-from artifacts.run_dir import RunDir
-from data.prepare import prepare
 from artifacts.checkpoint import write_json
+from artifacts.run_dir import RunDir
+from cli.program import at_least, exit_with_one_line
+from data.prepare import prepare
 from model.errors import UserError
 from scripts.ablate.plan import plan
 from scripts.ablate.runner import Runner

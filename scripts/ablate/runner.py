@@ -13,8 +13,8 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from cli.program import stop_signals
 from artifacts.run_dir import RunDir
+from cli.program import stop_signals
 from model.device import resolve
 from scripts.ablate.cell import measured
 from scripts.ablate.study import Cell

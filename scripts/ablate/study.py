@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 
 from configs.load import build, load, merge, read_toml
 from configs.schema import RunConfig
-from model.config import Section
 from model.errors import UserError
+from model.section import Section
 
 OURS = ("name", "out_dir", "seed")  # keys of a run that a study sets itself
 Overrides = dict[str, Any]

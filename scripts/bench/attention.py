@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from cli.program import at_least
-from model.attention.dispatch import attend, kernel_name, prepare
+from model.attention.dispatch import Call, attend, kernel_name, prepare
+from model.attention.spec import AttentionSpec
+from model.context import ForwardContext
 from model.device import Runtime, resolve
 from model.errors import UserError
 from model.memory import measure_peak
-from model.mixers.attention import AttentionSpec
-from model.context import Step
 from scripts.bench.timing import Measured, exponent, ratio, refuse_unfused, save, take_turns
 from scripts.report import new_figure, save_figure
 
@@ -83,7 +83,7 @@ def measure(options: Options, T: int, runtime: Runtime) -> list[dict[str, Any]]:
     kernels = {"full": "sdpa-causal"}
     for name, spec in specs.items():
         candidates[name] = windowed(options, T, runtime, spec, contiguous=True)
-        kernels[name] = kernel_name(spec, T, runtime.device, runtime.dtype)
+        kernels[name] = kernel_name(spec, Call(T, runtime.device, runtime.dtype))
         refuse_unfused(kernels[name], name)
     if options.mask_up_to >= T:
         candidates["window as a mask"] = windowed(options, T, runtime, specs["window"], contiguous=False)
@@ -122,11 +122,11 @@ def windowed(
 ) -> Callable[[], None]:
     """Forward and backward as training calls it, or, not contiguous, by a mask."""
     q, k, v, grad = _tensors(options, T, runtime, spec.n_kv_head)
-    step = Step(pos=torch.arange(T, device=runtime.device)[None], contiguous=contiguous)
-    prepare(spec, step, runtime.device, runtime.dtype)
+    ctx = ForwardContext(pos=torch.arange(T, device=runtime.device)[None], contiguous=contiguous)
+    prepare(spec, ctx, runtime.device, runtime.dtype)
 
     def run() -> None:
-        y = attend(q, k, v, step.pos, step.pos, spec, contiguous=contiguous, shared=step.shared)
+        y = attend(q, k, v, ctx.pos, spec, ctx)
         torch.autograd.grad(y, (q, k, v), grad)
 
     return run

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from cli.program import at_least
-from model import cost
-from model.config import ModelConfig
-from inference.compiled_decode import compiling
-from model.device import Runtime, Switch, memory_rate, resolve
-from model.gpt import GPT
-from model.memory import measure_peak, step_bytes
+from inference.compiled_decode import should_compile, use_compiled_decode
 from inference.quantize import quantize
 from inference.sampling import Sampler, stream
+from model import cost
+from model.config import ModelConfig
+from model.cost import step_bytes
+from model.device import Runtime, Switch, memory_rate, resolve
+from model.gpt import GPT
+from model.memory import measure_peak
 from scripts.bench.decode_peers import Concatenated, Transformers
 from scripts.bench.timing import Measured, save
 from scripts.report import new_figure, save_figure
@@ -101,7 +102,7 @@ class Ours:
         self.model = GPT(config).to(runtime.device, runtime.dtype).eval()
         if weights == "int8":
             quantize(self.model)
-        self.model.fused = compiling(options.compile, self.model, runtime, options.new_tokens)
+        use_compiled_decode(self.model, should_compile(options.compile, self.model, runtime, options.new_tokens))
         self.length = length
         dtype = torch.int8 if kept == "int8" else None
         self.cache = self.model.new_cache(options.batch_size, length + options.new_tokens, dtype=dtype)
@@ -160,10 +161,11 @@ def measure(options: Options, variant: Variant, length: int, runtime: Runtime, r
             marks = [f"int8 {name}" for name, x in (("weights", weights), ("cache", kept)) if x == "int8"]
             name = ", ".join(["sash", *marks])
             candidates[name] = Ours(options, config, runtime, length, weights, kept)
+    sizes = (options.batch_size, options.new_tokens)
     makers = {
-        "transformers": lambda: Transformers(options, config, runtime, length, static=False),
-        "transformers-static": lambda: Transformers(options, config, runtime, length, static=True),
-        "concat": lambda: Concatenated(options, config, runtime, length),
+        "transformers": lambda: Transformers(*sizes, config, runtime, length, static=False),
+        "transformers-static": lambda: Transformers(*sizes, config, runtime, length, static=True),
+        "concat": lambda: Concatenated(*sizes, config, runtime, length),
     }
     candidates |= {name: makers[name]() for name in options.peer}
     warm_up: dict[str, float] = {}

@@ -3,65 +3,53 @@
 Dimensions: B batch, K KV heads, S keys kept, T incoming tokens, D head_dim.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.cache import Cache
+from model.cache import Cache, KVCache
 from model.config import ModelConfig
+from model.context import ForwardContext
 from model.device import Runtime
 from model.gpt import GPT
-from model.context import Step
+from model.state import LayerState
 from scripts.bench.peers import transformers_twin
 from scripts.convert.families import attention_of
 
-if TYPE_CHECKING:
-    from scripts.bench.decode import Options
 
-
-class Grown:
+class Grown(KVCache):
     """Keys and values of one layer as simple programs keep them: a new tensor for every token, cut to the window."""
 
-    max_length = None
-
     def __init__(self, k: Tensor, v: Tensor, window: int | None):
-        self.k, self.v, self.window = k, v, window  # (B, K, S, D)
+        super().__init__(k, v, max_length=None)
+        self.window = window
 
-    def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         self.k, self.v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
         if self.window is not None:
             self.k, self.v = self.k[:, :, -self.window :], self.v[:, :, -self.window :]
-        end = step.past_bound + step.pos.shape[1]
+        end = ctx.past_bound + ctx.pos.shape[1]
         return self.k, self.v, torch.arange(end - self.k.shape[2], end, device=k.device)[None]
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
-    def tensors(self) -> list[Tensor]:
-        return [self.k, self.v]
 
 
 class Concatenated:
     """Our network, plain, with such a cache of random keys."""
 
-    def __init__(self, options: Options, config: ModelConfig, runtime: Runtime, length: int):
+    def __init__(self, batch_size: int, new_tokens: int, config: ModelConfig, runtime: Runtime, length: int):
         self.config, self.runtime, self.length = config, runtime, length
         torch.manual_seed(0)
-        self.model, self.B = GPT(config).to(runtime.device, runtime.dtype).eval(), options.batch_size
+        self.model, self.B = GPT(config).to(runtime.device, runtime.dtype).eval(), batch_size
 
     def prepare(self) -> None:
-        layers = []
+        layers: list[LayerState] = []
         for i in range(self.config.n_layer):
             spec, past = attention_of(self.config, i), self.length - 1
             kept = past if spec.window is None else min(past, spec.window)
             shape = (self.B, spec.n_kv_head, kept, spec.head_dim)
             k, v = (torch.randn(shape, device=self.runtime.device, dtype=self.runtime.dtype) for _ in "kv")
             layers.append(Grown(k, v, spec.window))
-        self.cache = Cache(layers, self.B, self.runtime.device)  # type: ignore[arg-type]
+        self.cache = Cache(layers, self.B, self.runtime.device, self.runtime.dtype)
         self.cache.pos.fill_(past)
         self.cache.length = past
 
@@ -81,11 +69,13 @@ class Concatenated:
 class Transformers:
     """The class of transformers that has this shape, its caches filled with random keys."""
 
-    def __init__(self, options: Options, config: ModelConfig, runtime: Runtime, length: int, *, static: bool):
+    def __init__(
+        self, batch_size: int, new_tokens: int, config: ModelConfig, runtime: Runtime, length: int, *, static: bool
+    ):
         torch.manual_seed(0)
         self.model = transformers_twin(config, use_cache=True).to(runtime.device, runtime.dtype).eval()
         self.config, self.runtime, self.length, self.static = config, runtime, length, static
-        self.n, self.B = options.new_tokens, options.batch_size
+        self.n, self.B = new_tokens, batch_size
         self.forward = torch.compile(self.model.forward) if static else self.model.forward
 
     def prepare(self) -> None:

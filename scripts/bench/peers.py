@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from model.cpu.cpp_build import keep_compiled_code
 from model.config import ModelConfig
+from model.cpu import keep_compiled_code
 from scripts.convert.fit import fitting
 
 

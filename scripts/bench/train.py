@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.load import load
 from cli.program import at_least
-from model import cost
+from configs.load import load
+from model import cost, cpu
 from model.config import ModelConfig
 from model.device import Runtime, Switch, compile_blocks, matmul_rate, resolve
 from model.gpt import GPT
-from model.memory import measure_peak, training_tensors
-from training.optim import Optimizers
-from model.cpu.matmul import Linear
+from model.memory import measure_peak
 from scripts.bench.peers import transformers_twin
 from scripts.bench.timing import Measured, ratio, refuse_unfused, save, take_turns
 from scripts.memory import with_known_vocabulary
+from training.memory import training_tensors
+from training.optim import Optimizers
 
 Peer = Literal["transformers", "plain", "full", "sdpa"]
 
@@ -50,14 +51,24 @@ class Options(Measured):
 class Candidate:
     """A training step: what it computes, and all that it holds."""
 
-    def __init__(self, config: ModelConfig, model: nn.Module, loss: Callable[[], Tensor], kernel: str):
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: nn.Module,
+        loss: Callable[[], Tensor],
+        kernel: str,
+        *,
+        own_cpu_code: bool = True,
+    ):
         self.config, self.model, self.loss, self.kernel = config, model, loss, kernel
+        self._switch = nullcontext if own_cpu_code else cpu.switched_off
         self.optimizers = Optimizers([torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)])
 
     def __call__(self) -> None:
-        self.loss().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizers.step()
+        with self._switch():
+            self.loss().backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizers.step()
 
     def tensors(self) -> Iterator[Tensor]:
         return training_tensors(self.model, self.optimizers)
@@ -132,13 +143,12 @@ def sdpa(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
 
 
 def plain(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
-    """As simple trainers do it: float32, eager, windows as masks, the whole logits, nn.Linear."""
-    model = GPT(config.model_copy(update={"kernel": "masked" if "swa" in config.kinds else "sdpa"})).to(runtime.device)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+    """As simple trainers do it: float32, eager, windows as masks, the whole logits, torch's operators alone."""
+    kernel = "masked" if "swa" in config.kinds else "sdpa"
+    model = GPT(config.model_copy(update={"kernel": kernel})).to(runtime.device)
     loss = lambda: F.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
-    return Candidate(config, model, loss, model.kernel_names(config.block_size, torch.float32) + ", float32")
+    name = model.kernel_names(config.block_size, torch.float32) + ", float32"
+    return Candidate(config, model, loss, name, own_cpu_code=False)
 
 
 def transformers(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:

@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from configs.load import build
-from cli.program import exit_with_one_line
-from artifacts.run_dir import RunDir
-from configs.schema import RunConfig
 from artifacts import checkpoint
+from artifacts.run_dir import RunDir
+from cli.program import exit_with_one_line
+from configs.load import build
+from configs.schema import RunConfig
 from model.errors import UserError
 from model.gpt import GPT
 from scripts.convert import directory

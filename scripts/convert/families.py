@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
 from model.errors import UserError
-from model.mixers.attention import AttentionSpec
 from scripts.convert.rope import Values, need, our_rope, their_rope
 
 TYPES = {"full": "full_attention", "swa": "sliding_attention"}  # a word of the pattern and their word for it

@@ -1,16 +1,16 @@
 """Which class of transformers a config is an instance of: one from which it comes back the same."""
 
+from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
 from model.errors import UserError
-from model.mixers.attention import AttentionSpec
 from scripts.convert.families import ALL, Family, GPT2Family, attention_of
 from scripts.convert.rope import Values
 
 
 def fitting(config: ModelConfig) -> Family | GPT2Family:
     """The class that a config is an instance of. UserError that names what the nearest one lacks."""
-    if config.without is not None:
-        raise UserError(f"a design without {config.without} (model.without) is no model that transformers has")
+    if config.omits is not None:
+        raise UserError(f"a design that omits {config.omits} (model.omits) is not a model that transformers has")
     if strange := [spec.kind for spec in config.layers if not isinstance(spec, AttentionSpec)]:
         raise UserError(f"pattern ({config.pattern!r}): no class of transformers has {strange[0]} layers")
     if config.n_embd % config.n_head:
@@ -36,7 +36,7 @@ def _lost(config: ModelConfig, family: Family | GPT2Family) -> list[str]:
 def _traits(config: ModelConfig) -> Values:
     """All that decides what a network computes, by the settings that say it."""
     whole = ("n_layer", "n_head", "n_embd", "norm", "norm_place", "norm_eps", "mlp", "bias", "tie_embeddings")
-    plain = ("scale_embeddings", "logit_softcap", "vocab_size", "block_size")
+    plain = ("loops", "scale_embeddings", "logit_softcap", "vocab_size", "block_size")
     numbers = {"n_kv_head": config.kv_heads, "head_dim": config.head_width, "mlp_width": config.mlp_hidden}
     layers = [_layer_traits(config, attention_of(config, i)) for i in range(config.n_layer)]
     by_layer = {key: [layer[key] for layer in layers] for key in layers[0]}

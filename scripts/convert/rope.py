@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from model.errors import UserError
 from model.attention.rope import Rope
+from model.errors import UserError
 
 Values = dict[str, Any]
 LLAMA3: Values = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all its models

@@ -3,8 +3,8 @@
 import statistics
 
 from data.loader import eval_batches
-from model.errors import UserError
 from inference.attention_mass import attention_to_first
+from model.errors import UserError
 from scripts.probes.options import Options
 from scripts.probes.results import Found, column, table
 from scripts.probes.subject import Subject

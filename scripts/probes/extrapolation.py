@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
+from inference.streaming import same_weights
+from model.attention.rope import Scaling
 from model.errors import UserError
 from model.gpt import GPT
-from model.attention.rope import Scaling
-from inference.streaming import same_weights
 from scripts.probes.options import Options
 from scripts.probes.perplexity import read
 from scripts.probes.results import Curve, Found, column, table

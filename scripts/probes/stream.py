@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.errors import UserError
 from inference.streaming import recomputed_losses, streamed_losses, through_window
+from model.errors import UserError
 from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from artifacts.run_dir import RunDir
 from artifacts.checkpoint import read_json
+from artifacts.run_dir import RunDir
 from model.errors import UserError
 from scripts.probes.results import FILE as EVALUATIONS
 from scripts.probes.results import STEP as EVALUATED_STEP

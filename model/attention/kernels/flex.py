@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from model.attention.mask import sees
+from model.attention.mask import mask_mod
 
 
 @lru_cache(maxsize=32)
 def block_mask(T: int, window: int | None, n_sink: int, device: torch.device) -> BlockMask:
-    """Which (128, 128) blocks of the square have anything visible: made outside of compiled code, kept for reuse."""
+    """The (128, 128) blocks in which any key is visible: made outside compiled code and kept for reuse."""
 
     def rule(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return sees(q, k, window, n_sink)
+        return mask_mod(q, k, window, n_sink)
 
     return create_block_mask(rule, None, None, T, T, device=device)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-    """(B, H, T, D) over (B, K, T, D) -> (B, H, T, D) through the mask's blocks alone."""
+    """(B, H, T, D) over (B, K, T, D) keys and (B, K, T, Dv) values -> (B, H, T, Dv), the blocks of the mask alone."""
     attention = flex_attention if torch.compiler.is_compiling() else _compiled()
     return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache
 def _compiled():
-    """Uncompiled it would hold the whole square of scores."""
+    """Uncompiled it would materialise the whole T x T scores."""
     return torch.compile(flex_attention, dynamic=False)

@@ -13,16 +13,16 @@ Dimensions: B batch, H query heads, K KV heads, R = H / K, T time, D head_dim, b
 the learned one, L keys of the band.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.attention.kernels.workspace import KeySums, Room, Tile
-from model.cpu.processor import has_avx512_bf16
-from model.attention.mask import sees
+from model import cpu
+from model.attention.kernels.workspace import KVGradAccumulator, Tile, Workspace
+from model.attention.mask import mask_mod
 
 ALIGN = 32  # keys of a tile are a multiple of this: vectors without a rest
 TILE_BYTES = 4 << 20  # of scores that exist at a time: batch and heads go in parts of this size
@@ -41,21 +41,20 @@ def tiles(
     slopes: Tensor | None = None,
     sink_logit: Tensor | None = None,
 ) -> Tensor:
-    """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D): each query over its last `window` keys and the first n_sink.
+    """(B, H, Tq, D) over (B, K, T, D) keys and (B, K, T, Dv) values -> (B, H, Tq, Dv).
 
-    Queries stand at the last Tq keys: all of them in training, those of a chunk over a cache.
-
-    Scores are products times scale (none: 1 / sqrt(D)), capped, less slopes (H,) times the distance; sink_logit (H,)
-    joins the softmax's denominator.
+    Queries are those of the last Tq keys: of all keys in training, of the new ones of a chunk over a cache. Each
+    attends to its last `window` keys and the first n_sink. Scores are q k times scale (None: 1 / sqrt(D)), soft-capped,
+    minus slopes (H,) times the distance; sink_logit (H,) joins the denominator of the softmax.
     """
     tiling = Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
-    out, room = torch.empty_like(q), Room(q)
+    out, workspace = _empty_out(q, v), Workspace(q)
     for (out_, q_), (k_, v_), heads in tiling.parts([out, q], [k, v], [slopes, sink_logit]):
         for tile in tiling:
-            rows = room.queries("q", tile, q_, tiling.scale)
-            scores = tiling.scores(rows, room.keys("keys", tile, k_), room)  # (N, R b, S + L)
-            p = tiling.probabilities(tile, scores, room, *heads)
-            room.put(out_, tile, room.product("q", p, room.keys("keys", tile, v_)))
+            rows = workspace.queries("q", tile, q_, tiling.scale)
+            scores = tiling.scores(rows, workspace.keys("keys", tile, k_), workspace)  # (N, R b, S + L)
+            p = tiling.probabilities(tile, scores, workspace, *heads)
+            workspace.put(out_, tile, workspace.product("q", p, workspace.keys("keys", tile, v_)))
     return out
 
 
@@ -73,30 +72,35 @@ def tiles_backward(
     slopes: Tensor | None,
     sink_logit: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, sink_logit; probabilities are computed again, a tile at a time (the idea of 2205.14135)."""
+    """Gradients of q, k, v, sink_logit; the probabilities are recomputed tile by tile (2205.14135)."""
     tiling = Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
     dq, dk, dv = (torch.empty_like(x) if tiling.first == 0 else torch.zeros_like(x) for x in (q, k, v))
     dsink = q.new_zeros(0) if sink_logit is None else torch.zeros_like(sink_logit)
-    per_head, room = [slopes, sink_logit, None if sink_logit is None else dsink], Room(q)
+    per_head, workspace = [slopes, sink_logit, None if sink_logit is None else dsink], Workspace(q)
     n_open = tiling.n_open
     for (dq_, grad_, q_), (dk_, dv_, k_, v_), heads in tiling.parts([dq, grad, q], [dk, dv, k, v], per_head):
         *heads, dsink_ = heads
-        sum_k, sum_v = (KeySums(name, x, n_open, n_sink, room) for name, x in (("sums k", dk_), ("sums v", dv_)))
+        sum_k, sum_v = (
+            KVGradAccumulator(name, x, n_open, n_sink, workspace) for name, x in (("sums k", dk_), ("sums v", dv_))
+        )
         for tile in tiling:
-            rows, dout = room.queries("q", tile, q_, tiling.scale), room.queries("dout", tile, grad_)  # (N, R b, D)
-            keys = room.keys("keys", tile, k_)
-            scores = tiling.scores(rows, keys, room)  # (N, R b, S + L)
-            slope = tiling.slope(scores, room)
-            p = tiling.probabilities(tile, scores, room, *heads)
-            sum_v.add(tile, room.product("values", p.mT, dout))
-            ds = room.product("scores", dout, room.keys("values", tile, v_).mT)
+            rows, dout = (
+                workspace.queries("q", tile, q_, tiling.scale),
+                workspace.queries("dout", tile, grad_),
+            )  # (N, R b, D)
+            keys = workspace.keys("keys", tile, k_)
+            scores = tiling.scores(rows, keys, workspace)  # (N, R b, S + L)
+            cap_grad = tiling.cap_grad(scores, workspace)
+            p = tiling.probabilities(tile, scores, workspace, *heads)
+            sum_v.add(tile, workspace.product("values", p.mT, dout))
+            ds = workspace.product("scores", dout, workspace.keys("values", tile, v_).mT)
             ds = _softmax_backward(ds, p)
             if dsink_ is not None:
                 dsink_ += tile.by_head(ds[..., 0], dsink_).sum(dim=(0, 3), dtype=dsink_.dtype)
-            if slope is not None:
-                ds *= slope
-            sum_k.add(tile, room.product("values", ds.mT, rows))
-            room.put(dq_, tile, room.product("q", ds, keys), tiling.scale)
+            if cap_grad is not None:
+                ds *= cap_grad
+            sum_k.add(tile, workspace.product("values", ds.mT, rows))
+            workspace.put(dq_, tile, workspace.product("q", ds, keys), tiling.scale)
         sum_k.finish(tiling.first)
         sum_v.finish(tiling.first)
     return dq, dk, dv, dsink
@@ -177,19 +181,19 @@ class Tiling:
         """The most keys that a tile leaves to later ones."""
         return max(tile.start - tile.low for tile in self)
 
-    def scores(self, rows: Tensor, keys: Tensor, room: Room) -> Tensor:
+    def scores(self, rows: Tensor, keys: Tensor, workspace: Workspace) -> Tensor:
         """(N, R b, S + L): products, capped."""
-        scores = room.product("scores", rows, keys.mT)
+        scores = workspace.product("scores", rows, keys.mT)
         return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def slope(self, scores: Tensor, room: Room) -> Tensor | None:
-        """What the cap multiplies gradients by, of capped scores."""
+    def cap_grad(self, scores: Tensor, workspace: Workspace) -> Tensor | None:
+        """The derivative of the soft-cap, from capped scores."""
         if self.softcap is None:
             return None
-        return torch.div(scores, self.softcap, out=room.take("slope", *scores.shape)).square_().neg_().add_(1)
+        return torch.div(scores, self.softcap, out=workspace.take("cap_grad", *scores.shape)).square_().neg_().add_(1)
 
     def probabilities(
-        self, tile: Tile, scores: Tensor, room: Room, slopes: Tensor | None, sink_logit: Tensor | None
+        self, tile: Tile, scores: Tensor, workspace: Workspace, slopes: Tensor | None, sink_logit: Tensor | None
     ) -> Tensor:
         """(N, R b, S + L): the softmax over what each query sees. Overwrites the scores."""
         if slopes is not None:
@@ -204,7 +208,7 @@ class Tiling:
             square[..., tile.n_before : tile.n_before + oldest.shape[1]].add_(oldest)
         if sink_logit is not None:
             tile.by_head(scores[..., 0], sink_logit)[:] = sink_logit[:, :, None]
-        return torch.softmax(scores, dim=-1, out=room.take("p", *scores.shape))
+        return torch.softmax(scores, dim=-1, out=workspace.take("p", *scores.shape))
 
     def edges(self, tile: Tile, like: Tensor) -> list[Tensor]:
         """Additive masks of the columns that some query of the tile does not see: its own block, and the oldest."""
@@ -213,7 +217,7 @@ class Tiling:
         if key not in self._masks:
             pos = torch.arange(tile.stop, device=like.device, dtype=torch.int32)
             q, columns = pos[tile.start :, None], (pos[None, tile.start :], pos[None, tile.low : tile.low + n_old])
-            hidden = [~sees(q, column, self.window, self.n_sink) for column in columns]
+            hidden = [~mask_mod(q, column, self.window, self.n_sink) for column in columns]
             self._masks.clear()  # before the next ones are there
             self._masks[key] = [torch.zeros_like(h, dtype=like.dtype).masked_fill_(h, -torch.inf) for h in hidden]
         return self._masks[key]
@@ -235,25 +239,31 @@ def _softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
 def block_size(window: int, dtype: torch.dtype) -> int:
     """What measured fastest among those that need no more memory than fused full attention: wide ones waste pairs."""
     if dtype in (torch.bfloat16, torch.float16):
-        least = 96 if has_avx512_bf16() else 64  # fused attention holds less without
+        least = 96 if cpu.has_avx512_bf16() else 64  # fused attention holds less without
         return min(256, max(least, window // 4 // ALIGN * ALIGN))
     return 64
 
 
-def work_bytes(q: Tensor, k: Tensor, *numbers: Any, backward: bool) -> int:
-    """What a call holds beside its arguments and results, of shapes alone; `numbers` follow v among them."""
-    (B, H, _, D), K = q.shape, k.shape[1]
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """(B, H, Tq, Dv), in the memory order of q."""
+    return torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def work_bytes(q: Tensor, k: Tensor, v: Tensor, *numbers: Any, backward: bool) -> int:
+    """Workspace of a call beside its arguments and results, from shapes alone; `numbers` are its arguments behind v."""
+    (B, H, _, D), K, Dv = q.shape, k.shape[1], v.shape[-1]
     tiling = Tiling.of(q, k, *numbers)
     rows, heads = tiling.part(B, K, H // K, q.element_size())
     largest = max((tile.stop - tile.start) * (tile.n_before + tile.end - tile.low) for tile in tiling)
     scores = rows * heads * (H // K) * largest * q.element_size()
-    keys = rows * heads * tiling.keys_of_tile * D * q.element_size()
-    queries = rows * heads * (H // K) * tiling.block * D * q.element_size()
+    keys, values = (rows * heads * tiling.keys_of_tile * width * q.element_size() for width in (D, Dv))
+    queries, outs = (rows * heads * (H // K) * tiling.block * width * q.element_size() for width in (D, Dv))
     half = q.element_size() < 4
     if not backward:
-        return 2 * scores + half * keys + queries
-    sums = 2 * rows * heads * tiling.n_open * D * 4 if half else 0
-    return (2 + (tiling.softcap is not None)) * scores + (1 + half) * (keys + queries) + sums
+        return 2 * scores + half * max(keys, values) + max(queries, outs)
+    sums = rows * heads * tiling.n_open * (D + Dv) * 4 if half else 0
+    buffers = half * (keys + queries) + max(keys, values) + max(outs, queries)
+    return (2 + (tiling.softcap is not None)) * scores + buffers + sums
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
@@ -268,10 +278,17 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 tiles.register_autograd(_backward, setup_context=_save)
-tiles.register_fake(lambda q, *_: torch.empty_like(q))
+tiles.register_fake(lambda q, k, v, *_: _empty_out(q, v))
 tiles_backward.register_fake(
     lambda grad, q, k, v, *numbers: (
         *(torch.empty_like(x) for x in (q, k, v)),
         q.new_empty(0) if numbers[-1] is None else torch.empty_like(numbers[-1]),
     )
 )
+
+WORKSPACE: dict[
+    Any, tuple[Callable[..., int], int]
+] = {  # operator -> its workspace, and the index of q among its arguments
+    torch.ops.sash.tiles.default: (work_bytes, 0),
+    torch.ops.sash.tiles_backward.default: (work_bytes, 1),
+}

@@ -1,4 +1,4 @@
-"""What the tiles of `model.attention.kernels.tiles` hold, one after the other in the same memory.
+"""The buffers of `tiles`: allocated once per call and reused from tile to tile.
 
 Dimensions: as there: B batch, K KV heads, R query heads of each, T time, D head_dim, b block, S sinks and the learned
 one, L keys of the band, N = B K.
@@ -15,49 +15,49 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Queries start to stop over keys low to stop and, before those, the first n_sink; first of all the learned one."""
+    """Queries start to stop over a band of keys, low to stop; before it n_sink sinks, before those a learned one."""
 
     start: int
     stop: int
-    rows: slice  # where those queries are: the first of them may stand at any key
+    rows: slice  # rows of q with those queries: with a cache, q begins at a later key
     low: int
-    end: int  # columns go on to here, over keys that no query of the tile sees
+    end: int  # the band is padded up to here, with keys that no query of the tile attends to
     n_sink: int
     learned: bool
 
     @property
     def n_before(self) -> int:
-        """Columns before the band."""
+        """Columns before the band: the learned sink and the sinks."""
         return self.n_sink + self.learned
 
     def by_head(self, x: Tensor, like: Tensor) -> Tensor:
-        """(N, R b, ...) -> (B, K, R, b, ...), for what is (K, R) `like` this."""
+        """(N, R b, ...) -> (B, K, R, b, ...), where `like` is (K, R)."""
         return x.view(-1, *like.shape, self.stop - self.start, *x.shape[2:])
 
     def distances(self, like: Tensor) -> Tensor:
-        """(b, S + L) from each query back to each key; to the learned sink none."""
+        """(b, S + L) distance from each query back to each key; 0 for the learned sink."""
         pos = torch.arange(self.end, device=like.device)
         back = pos[self.start : self.stop, None] - torch.cat((pos[: self.n_sink], pos[self.low :]))
         return (F.pad(back, (1, 0)) if self.learned else back).to(like.dtype)
 
 
-class Room:
-    """Memory that tiles use one after the other: were each product's new, its page faults would cost as much as it."""
+class Workspace:
+    """Named buffers that every tile reuses: fresh ones would cost as much in page faults as the matmuls in them."""
 
     def __init__(self, like: Tensor):
         self.like = like
-        self.packs = like.element_size() < 4  # a CPU multiplies half types in one piece, and would copy at each product
+        self.packs = like.element_size() < 4  # a CPU would copy strided half types at each matmul
         self._flat: dict[str, Tensor] = {}
         self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """What has this name, of this shape, uninitialised."""
+        """The buffer of this name with this shape, uninitialised."""
         views = self._views.setdefault(name, {})
         if shape not in views:
             n = math.prod(shape)
             flat = self._flat.setdefault(name, self.like.new_empty(0, dtype=dtype))
             if flat.numel() < n:
-                flat.resize_(n)  # with the views of it, so that whoever still has one does not keep the smaller memory
+                flat.resize_(n)  # in place: views that are still held do not keep the smaller memory alive
             views[shape] = flat[:n].view(shape)
         return views[shape]
 
@@ -94,15 +94,18 @@ class Room:
         return kept.flatten(0, 1)
 
 
-class KeySums:
-    """Sums over tiles in float32. Of a half type only the keys that later tiles still add to have one, in a ring:
-    those that a tile is done with leave their places to the next one's new keys."""
+class KVGradAccumulator:
+    """Gradients of keys or values, summed over tiles in float32.
 
-    def __init__(self, name: str, out: Tensor, n_open: int, n_sink: int, room: Room):
+    For a half type only the keys that later tiles still reach have a float32 sum, in a ring buffer: keys that are
+    complete leave their slots to the new keys of the next tile.
+    """
+
+    def __init__(self, name: str, out: Tensor, n_open: int, n_sink: int, workspace: Workspace):
         self.out, self.low = out, out.shape[2]  # (B, K, T, D); from key `low` on there are sums
         dtype = torch.promote_types(out.dtype, torch.float32)
         self.exact = out.dtype == dtype
-        self.sums = out if self.exact else room.take(name, *out.shape[:2], n_open, out.shape[3], dtype=dtype)
+        self.sums = out if self.exact else workspace.take(name, *out.shape[:2], n_open, out.shape[3], dtype=dtype)
         self.sinks = out.new_zeros(*out.shape[:2], min(n_sink, out.shape[2]), out.shape[3], dtype=dtype)
 
     def add(self, tile: Tile, x: Tensor) -> None:

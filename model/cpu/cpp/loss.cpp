@@ -37,7 +37,7 @@ void put(bf16* to, __mmask16 there, __m512 x) { _mm256_mask_storeu_epi16(to, the
 
 // (n, V) logits -> the loss of each row, 0 where its target is `ignored`. With what each row's loss weighs, logits
 // become the gradient, to which z_loss log(Z)^2 adds its own.
-extern "C" void loss_and_slope(float* losses, bf16* logits, const int64_t* targets, const float* weights, long n, long V,
+extern "C" void loss_and_grad(float* losses, bf16* logits, const int64_t* targets, const float* weights, long n, long V,
                                long ignored, float z_loss, int n_threads) {
 #pragma omp parallel for num_threads(n_threads)
     for (long i = 0; i < n; i++) {

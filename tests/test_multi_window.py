@@ -5,9 +5,9 @@ import torch
 from conftest import assert_equal, random_tokens
 from networks import tiny_config, tiny_model
 
+from model.attention.mask import attention_mask
 from model.cost import cache_bytes
 from model.gpt import GPT
-from model.attention.mask import visible
 from scripts.masks import weights_of
 
 T = 13
@@ -41,7 +41,7 @@ def test_each_part_of_the_heads_sees_its_own_window():
     model(random_tokens(1, T))
     pos = torch.arange(T)[None]
     for window, weights in zip((2, 5), found, strict=True):
-        seen = visible(pos, pos, tiny_config(pattern="swa", window=window).layers[0])[0]
+        seen = attention_mask(pos, pos, tiny_config(pattern="swa", window=window).layers[0])[0]
         assert torch.equal(weights > 0, seen.expand(3, -1, -1))
 
 

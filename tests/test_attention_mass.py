@@ -6,9 +6,9 @@ from conftest import assert_equal, random_tokens
 from networks import tiny_config, tiny_model
 
 import model.mixers.attention
-from model.attention.dispatch import attend
 from inference.attention_mass import attention_to_first
-from model.attention.mask import visible
+from model.attention.dispatch import attend
+from model.attention.mask import attention_mask
 
 T = 13
 
@@ -20,7 +20,7 @@ def probabilities_seen(monkeypatch, network, idx) -> list[torch.Tensor]:
     def slow(q, k, v, q_pos, k_pos, spec, **options):
         keys = k.repeat_interleave(spec.n_head // spec.n_kv_head, dim=1)
         scores = q @ keys.transpose(-1, -2) / spec.head_dim**0.5
-        found.append(scores.masked_fill(~visible(q_pos, k_pos, spec), -torch.inf).softmax(-1))
+        found.append(scores.masked_fill(~attention_mask(q_pos, k_pos, spec), -torch.inf).softmax(-1))
         return attend(q, k, v, q_pos, k_pos, spec, **options)
 
     with monkeypatch.context() as patch, torch.no_grad():

@@ -12,11 +12,11 @@ from networks import by_kind, designs, tiny_config, tiny_model
 from torch import Tensor
 
 from inference import compiled_decode as decode
+from inference.gemv import with_gemv
+from inference.sampling import Sampler, stream
 from model.cpu import processor
 from model.gpt import GPT
-from inference.gemv import with_sums
 from model.mixers import MIXERS
-from inference.sampling import Sampler, stream
 
 T = 13
 SPARSE = {"sparse_block": 3, "n_summary": 1, "star_context": 8, "head_windows": (2, 5)}
@@ -41,7 +41,7 @@ def traced(monkeypatch):
     """Assert that steps run as the compiler sees them equal plain ones, and how often it had to look."""
     torch._dynamo.reset()
     seen = []
-    look = lambda graph, inputs: seen.append(graph) or with_sums(graph).forward
+    look = lambda graph, inputs: seen.append(graph) or with_gemv(graph).forward
     layer = torch.compile(decode._layer, fullgraph=True, backend=look)
     monkeypatch.setattr(decode, "compiled", lambda function: layer if function is decode._layer else function)
 
@@ -50,7 +50,8 @@ def traced(monkeypatch):
         model, idx = tiny_model(tiny_config(**design)), random_tokens(3, 2 * T)
         lengths = torch.tensor([2, 3, 1]) if ragged else None
         logits = []
-        for model.fused in (False, True):
+        for on in (False, True):
+            decode.use_compiled_decode(model, on)
             cache = model.new_cache(3, 2 * T)
             model(idx[:, :3], cache=cache, lengths=lengths)
             logits.append([model(column, cache=cache) for column in idx[:, 3:].split(1, dim=1)])
@@ -61,7 +62,7 @@ def traced(monkeypatch):
 
 
 def fused(model: GPT) -> GPT:
-    model.fused = True
+    use_compiled_decode(model)
     return model
 
 

@@ -12,10 +12,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.cpu import matmul as products
 from model.config import ModelConfig
-from model.cpu.cpp_ops import native
-from model.cpu.matmul import Linear, times, times_transposed, transposed_times
+from model.cpu import matmul as products
+from model.cpu.cpp_ops import cpp_ops
+from model.cpu.matmul import grad_input, grad_weight, matmul_nt
+from model.layers import Linear
 
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 WIDE = {torch.bfloat16: (1024, 512, 256), torch.float32: (64, 1024, 512)}  # the least rows, inputs, outputs
@@ -32,9 +33,9 @@ def threads():
 WAYS = {
     "convolution": ("convolves", torch.float32),
     "half": ("convolves", torch.bfloat16),
-    "copy": ("native", torch.bfloat16),
+    "copy": ("cpp_ops", torch.bfloat16),
 }
-OFF = {"convolves": lambda: False, "native": lambda: None}
+OFF = {"convolves": lambda: False, "cpp_ops": lambda: None}
 
 
 @pytest.fixture(params=[pytest.param(way, marks=needs_amx) if way == "copy" else way for way in WAYS])
@@ -42,12 +43,12 @@ def dtype(request, monkeypatch, threads) -> torch.dtype:
     """What is multiplied in each of the ways, however small the product, whatever the machine."""
     for sizes in ("LEAST", "LEAST_OF_WEIGHTS"):
         monkeypatch.setattr(products, sizes, dict.fromkeys(NEAR, (1, 1)))
-    monkeypatch.setattr(products, "LEAST_LAID_OUT", (1, 1))
+    monkeypatch.setattr(products, "LEAST_COPIED", (1, 1))
     monkeypatch.setattr(products, "FEW_ROWS", 3)
     way, dtype = WAYS[request.param]
     monkeypatch.setattr(products, "convolves", lambda: way == "convolves")
-    if way != "native":
-        monkeypatch.setattr(products, "native", OFF["native"])
+    if way != "cpp_ops":
+        monkeypatch.setattr(products, "cpp_ops", OFF["cpp_ops"])
     return dtype
 
 
@@ -55,7 +56,7 @@ def dtype(request, monkeypatch, threads) -> torch.dtype:
 def here(monkeypatch, threads):
     """As large as ever, on a machine like those that were measured."""
     monkeypatch.setattr(products, "convolves", lambda: True)
-    monkeypatch.setattr(products, "native", OFF["native"])
+    monkeypatch.setattr(products, "cpp_ops", OFF["cpp_ops"])
 
 
 def is_ours(y: torch.Tensor) -> bool:
@@ -65,7 +66,7 @@ def is_ours(y: torch.Tensor) -> bool:
         if step is not None:
             seen.append(step.name())
             steps += [before for before, _ in step.next_functions]
-    return "_ProductBackward" in seen
+    return "_LinearBackward" in seen
 
 
 def outputs_and_gradients(linear: nn.Linear, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
@@ -109,10 +110,10 @@ def test_products_of_a_part_of_the_columns(dtype):
     """As the loss takes them: slices of a wide matrix, written to and read from in place."""
     x, weight, wide = (torch.randn(*shape, dtype=dtype) for shape in ((8, 6), (5, 6), (8, 15)))
     part = wide[:, 5:10]
-    assert_equal(times(part, weight).float(), (part.double() @ weight.double()).float(), NEAR[dtype])
-    assert_equal(transposed_times(part, x).float(), (part.double().T @ x.double()).float(), NEAR[dtype])
+    assert_equal(grad_input(part, weight).float(), (part.double() @ weight.double()).float(), NEAR[dtype])
+    assert_equal(grad_weight(part, x).float(), (part.double().T @ x.double()).float(), NEAR[dtype])
     around = wide.clone()
-    times_transposed(x, weight, out=part)
+    matmul_nt(x, weight, out=part)
     assert_equal(part.float(), (x.double() @ weight.double().T).float(), NEAR[dtype])
     assert torch.equal(wide[:, :5], around[:, :5])
     assert torch.equal(wide[:, 10:], around[:, 10:])
@@ -198,14 +199,14 @@ def test_with_amx_gradients_of_many_weights_are_made_of_a_copy_by_all_threads(mo
     """In pieces of 384 rows where oneDNN would leave them to one; biases are not copied to each row first."""
     linear, x = Linear(inputs, outputs, dtype=torch.bfloat16), torch.randn(1600, inputs, dtype=torch.bfloat16)
     seen, gradients = {}, {}
-    for way in (native, OFF["native"]):
-        monkeypatch.setattr(products, "native", way)
+    for way in (cpp_ops, OFF["cpp_ops"]):
+        monkeypatch.setattr(products, "cpp_ops", way)
         monkeypatch.setattr(products, "convolves", OFF["convolves"])
         linear.zero_grad()
         with Seen() as counted:
             linear(x.requires_grad_()).sum().backward()
         seen[way], gradients[way] = counted.counts, linear.weight.grad.float()
-    assert seen == {native: expected, OFF["native"]: {"addmm": 1, "mm": 2}}
+    assert seen == {cpp_ops: expected, OFF["cpp_ops"]: {"addmm": 1, "mm": 2}}
     assert_equal(*gradients.values(), NEAR[torch.bfloat16])
 
 
@@ -221,7 +222,7 @@ def test_with_amx_gradients_of_few_rows_are_not_made_of_a_copy(monkeypatch, rows
 
 @needs_amx
 def test_compiled_layers_have_such_gradients_too(monkeypatch):
-    monkeypatch.setattr(products, "LEAST_LAID_OUT", (1, 1))
+    monkeypatch.setattr(products, "LEAST_COPIED", (1, 1))
     linear, x, grad = (
         Linear(48, 40, dtype=torch.bfloat16),
         *(torch.randn(30, n, dtype=torch.bfloat16) for n in (48, 40)),
@@ -252,12 +253,12 @@ def test_what_is_transposed_is_the_same_numbers(n_threads, shape, threads):
 
 @needs_amx
 def test_without_gradients_there_is_nothing_to_lay_out(monkeypatch):
-    monkeypatch.setattr(products, "LEAST_LAID_OUT", (1, 1))
+    monkeypatch.setattr(products, "LEAST_COPIED", (1, 1))
     monkeypatch.setattr(products, "convolves", OFF["convolves"])
     linear, x = Linear(8, 6, dtype=torch.bfloat16), torch.randn(4, 8, dtype=torch.bfloat16)
     y = linear(x)
     assert is_ours(y)
-    monkeypatch.delattr(products, "_Product")
+    monkeypatch.delattr(products, "_Linear")
     with torch.no_grad():
         assert torch.equal(linear(x), y)
 
@@ -266,7 +267,7 @@ def test_without_gradients_there_is_nothing_to_lay_out(monkeypatch):
 def test_a_part_of_the_columns_is_copied_only_where_that_pays(here, dtype, kind):
     grad, x = torch.randn(2048, 2048, dtype=dtype)[:, :1024], torch.randn(2048, 512, dtype=dtype)
     with Seen() as seen:
-        transposed_times(grad, x)
+        grad_weight(grad, x)
     assert seen.counts == {kind: 1}
 
 

@@ -1,0 +1,18 @@
+"""Memory that training holds from step to step."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from training.distributed import local
+from training.optim import Optimizers
+
+
+def training_tensors(model: nn.Module, optimizers: Optimizers) -> Iterator[Tensor]:
+    """Parameters, gradients and optimizer state: what this process holds from step to step."""
+    for p in model.parameters():
+        yield local(p)
+        if p.grad is not None:
+            yield local(p.grad)
+    for state in optimizers.state.values():
+        yield from (local(value) for value in state.values() if isinstance(value, Tensor))
