@@ -185,13 +185,13 @@ def test_what_cannot_be_compiled_is_said_once_and_tiles_take_its_place(monkeypat
     assert not serves(64, CPU, torch.bfloat16)
     spec = AttentionSpec(n_embd=8, n_head=2, n_kv_head=2, head_dim=32, window=30)
     assert kernel_name(spec, 90, CPU, torch.bfloat16) == "tiles"
-    said = "note: attention, gradients and the loss do without C++, and are slower: no C++ compiler here\n"
+    said = "note: no C++ for attention, gradients and the loss, which are slower without it: no C++ compiler here\n"
     assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(("has", "granted"), [(True, True), (True, False), (False, True)])
 def test_it_serves_where_the_processor_has_it_and_the_system_grants_it(monkeypatch, has, granted):
-    names = ("call_bytes", "forward_bytes", "backward_bytes", "transpose", "loss_and_slope")
+    names = ("call_bytes", "forward_bytes", "backward_bytes", "transpose", "loss_and_grad")
     functions = {name: Mock() for name in names}
     library = SimpleNamespace(**functions, ask=Mock(return_value=0 if granted else -1))
     monkeypatch.setattr(model.cpu.cpp_ops, "has_amx", lambda: has)

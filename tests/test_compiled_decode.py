@@ -62,7 +62,7 @@ def traced(monkeypatch):
 
 
 def fused(model: GPT) -> GPT:
-    use_compiled_decode(model)
+    decode.use_compiled_decode(model)
     return model
 
 
@@ -104,9 +104,9 @@ def test_rows_at_different_places_equal_single_rows(design, prompts):
 def test_a_context_that_came_with_the_prompt_holds_for_every_step(uncompiled):
     model, idx = fused(tiny_model(tiny_config(**KINDS["star"]))), random_tokens(3, 2 * T)
     cache = model.new_cache(3, 2 * T)
-    got = [model(idx[:, :5], cache=cache, context=4)] + [model(x, cache=cache) for x in idx[:, 5:].split(1, dim=1)]
-    assert_equal(torch.cat(got, dim=1), model(idx, context=4), 1e-10)
-    assert not torch.allclose(model(idx, context=4), model(idx))
+    got = [model(idx[:, :5], cache=cache, star_context=4)] + [model(x, cache=cache) for x in idx[:, 5:].split(1, dim=1)]
+    assert_equal(torch.cat(got, dim=1), model(idx, star_context=4), 1e-10)
+    assert not torch.allclose(model(idx, star_context=4), model(idx))
 
 
 @pytest.mark.parametrize("kind", MIXERS)

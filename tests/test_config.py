@@ -4,8 +4,9 @@ import pytest
 from networks import tiny_config
 from pydantic import ValidationError
 
-from model.config import ModelConfig, expand_pattern
+from model.config import ModelConfig
 from model.mixers import MIXERS
+from model.pattern import expand_pattern
 
 WORDS = ", ".join(MIXERS)
 
@@ -38,11 +39,11 @@ def refusal(**overrides) -> str:
         ({"rope_base": {"full": -2.0}}, "rope_base ({'full': -2.0}) must be above 0"),
         (
             {"position": {"fulll": "rope"}},
-            f"position.fulll is no kind of layer; the kinds are {WORDS}",
+            f"position.fulll is not a kind of layer; the kinds are {WORDS}",
         ),
         (
             {"position": {"full": "rope"}, "pattern": "1:1", "window": 3},
-            "position says nothing of swa layers, which pattern ('1:1') has",
+            "position has no value for swa layers, which pattern ('1:1') has",
         ),
         (
             {"position": "none", "rope_scaling": "linear", "rope_factor": 2.0},
@@ -56,10 +57,10 @@ def refusal(**overrides) -> str:
             {"position": "learned", "rope_fraction": 0.5},
             "rope_fraction (0.5) needs position = rope, and full layers have learned",
         ),
-        ({"rope_fraction": 0.1}, "rope_fraction (0.1) of head_dim (8) must be an even number of dimensions"),
-        ({"rope_fraction": 0.125}, "rope_fraction (0.125) of head_dim (8) must be an even number of dimensions"),
-        ({"rope_fraction": 0.0}, "rope_fraction (0.0) of head_dim (8) must be an even number of dimensions"),
-        ({"rope_fraction": 1.5}, "rope_fraction (1.5) of head_dim (8) must be an even number of dimensions"),
+        ({"rope_fraction": 0.1}, "rope_fraction (0.1) of head_dim (8) must be an even number of channels"),
+        ({"rope_fraction": 0.125}, "rope_fraction (0.125) of head_dim (8) must be an even number of channels"),
+        ({"rope_fraction": 0.0}, "rope_fraction (0.0) of head_dim (8) must be an even number of channels"),
+        ({"rope_fraction": 1.5}, "rope_fraction (1.5) of head_dim (8) must be an even number of channels"),
         (
             {"rope_factor": 4.0},
             "rope_factor (4.0) and rope_scaling (none) of full layers: give both, with a factor above 1, or neither",
@@ -74,16 +75,16 @@ def refusal(**overrides) -> str:
         ),
         (
             {"rope_scaling": "yarn", "rope_factor": 4.0},
-            "rope_scaling (yarn) needs rope_trained (None), the context that it stretches, "
+            "rope_scaling (yarn) needs rope_trained (None), the context that it extends, "
             "and a rope_base (10000.0) above 1",
         ),
         (
             {"qk_norm": False, "qk_norm_over": "projection"},
-            "qk_norm_over (projection) means nothing with qk_norm = false: leave one out",
+            "qk_norm_over (projection) has no effect with qk_norm = false: leave one out",
         ),
         (
             {"bias": True, "attn_bias": "qkv"},
-            "attn_bias (qkv) means nothing with bias = true, which has all: leave one out",
+            "attn_bias (qkv) has no effect with bias = true, which sets all biases: leave one out",
         ),
         ({"pattern": "swa", "window": ()}, "window ([]) must be one or several numbers of keys, each at least 1"),
         (
@@ -92,7 +93,7 @@ def refusal(**overrides) -> str:
         ),
         (
             {"position": {"full": "learned"}},
-            "position = learned is one table for the whole model, it cannot be given by kind of layer",
+            "position = learned is one table for the whole model: it cannot be given by kind of layer",
         ),
     ],
     ids=str,
@@ -149,21 +150,21 @@ def test_number_that_is_not_finite_is_refused(key, value):
     [
         (
             "sva",
-            f"'sva' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean swa?",
+            f"'sva' is not a layer; layers are {WORDS}, as \"swa*5 full\"; did you mean swa?",
         ),
         (
             "swa ful",
-            f"'ful' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean full?",
+            f"'ful' is not a layer; layers are {WORDS}, as \"swa*5 full\"; did you mean full?",
         ),
         (
             "full*0",
-            f"'full*0' is no layer; words are {WORDS}, as \"swa*5 full\"; did you mean full?",
+            f"'full*0' is not a layer; layers are {WORDS}, as \"swa*5 full\"; did you mean full?",
         ),
-        ("swa*-1", "'swa*-1' is no layer"),
-        ("swa*", "'swa*' is no layer"),
-        ("swa,full", "'swa,full' is no layer"),
-        ("xyz", f"'xyz' is no layer; words are {WORDS}, as \"swa*5 full\""),
-        ("", f'is empty; words are {WORDS}, as "swa*5 full" or "5:1"'),
+        ("swa*-1", "'swa*-1' is not a layer"),
+        ("swa*", "'swa*' is not a layer"),
+        ("swa,full", "'swa,full' is not a layer"),
+        ("xyz", f"'xyz' is not a layer; layers are {WORDS}, as \"swa*5 full\""),
+        ("", f'is empty; layers are {WORDS}, as "swa*5 full" or "5:1"'),
         ("  ", "is empty"),
     ],
 )
@@ -192,7 +193,7 @@ def test_ratio_that_is_none_is_refused(pattern):
     ],
 )
 def test_pattern_expands_to_words(pattern, words):
-    assert list(expand_pattern(pattern)) == words
+    assert list(expand_pattern(pattern, MIXERS)) == words
 
 
 @pytest.mark.parametrize(

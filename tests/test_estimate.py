@@ -50,7 +50,7 @@ def test_estimate_is_within_a_tenth_of_what_is_measured(shape, optimizer, dtype,
     estimated = sum(train_peak(config, B, dtype, optimizer=optimizer, recompute=recompute).values())
     torch.manual_seed(0)
     model = GPT(config)
-    model.recompute = recompute
+    model.activation_checkpointing = recompute
     numbers = {"muon_lr": 0.02, "adamw_lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizers = make_optimizers(model, optimizer=optimizer, **numbers)
     idx = torch.zeros(B, config.block_size, dtype=torch.long)
@@ -82,7 +82,7 @@ def test_recomputation_keeps_the_gradients_and_little_else():
     model = GPT(tiny_config(pattern="swa full", window=3)).double()
     idx = torch.randint(31, (2, 9))
     plain = torch.autograd.grad(model(idx, idx), model.parameters())
-    model.recompute = True
+    model.activation_checkpointing = True
     for again, once in zip(torch.autograd.grad(model(idx, idx), model.parameters()), plain, strict=True):
         torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-12)
 

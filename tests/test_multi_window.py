@@ -67,8 +67,8 @@ def test_a_window_for_all_heads_keeps_the_weights():
         ),
         ({"head_windows": (1, 2, 3)}, "head_windows ([1, 2, 3]) of mswa layers must be"),
         ({"head_windows": (0, 2)}, "head_windows ([0, 2]) of mswa layers must be"),
-        ({"head_windows": (1, 2), "position": "alibi"}, "mswa splits the heads: position = alibi"),
-        ({"head_windows": (1, 2), "qk_norm_over": "projection"}, "and qk_norm_over = projection do not fit"),
+        ({"head_windows": (1, 2), "position": "alibi"}, "mswa splits the heads: it excludes position = alibi"),
+        ({"head_windows": (1, 2), "qk_norm_over": "projection"}, "and qk_norm_over = projection"),
     ],
     ids=str,
 )

@@ -69,15 +69,15 @@ def test_parameters_are_those_of_the_released_weights(name, n):
 
 @pytest.mark.parametrize("count", [n_params, lambda config: train_flops(config, 1024)])
 def test_without_its_experts_gpt_oss_states_no_parameters_and_no_flops(count):
-    with pytest.raises(UserError, match="not stated for a design without its 32 experts per layer"):
+    with pytest.raises(UserError, match="not reported for a design that omits its 32 experts per layer"):
         count(preset("gpt-oss"))
-    assert count(preset("gpt-oss", without="none")) > 10**9
+    assert count(preset("gpt-oss", omits="none")) > 10**9
 
 
 def test_memory_of_gpt_oss_is_that_of_its_cache_alone(program):
     ended = program(memory.main, PRESETS / "gpt-oss.toml")
     assert ended.code == 0
-    assert "without its 32 experts per layer, of which each token takes 4: parameters and training are not" in ended.out
+    assert "omits its 32 experts per layer, of which each token takes 4: parameters and training are not" in ended.out
     assert "131,072            3,224.4 MB" in ended.out
     assert "parameters  " not in ended.out
 

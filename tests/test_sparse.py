@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from attending import kernel_name
 from conftest import assert_equal, cut, logits_in_chunks, random_tokens
 from networks import tiny_config, tiny_model
 
-from model.attention.dispatch import kernel_name
 from model.attention.mask import attention_mask
 from model.attention.sparse import Sparse
 from model.cost import cache_bytes, train_flops
@@ -122,14 +122,14 @@ def test_each_text_has_a_context_of_its_own_which_its_cache_remembers(sizes):
             for n, row in zip((9, 17), idx, strict=True)
         ]
     )
-    assert_equal(model(idx, context=context), expected)
-    assert_equal(model(idx[1:], context=17), expected[1:])
+    assert_equal(model(idx, star_context=context), expected)
+    assert_equal(model(idx[1:], star_context=17), expected[1:])
     cache = model.new_cache(2, T)
     first, *rest = idx.split(cut(sizes, T), dim=1)
-    logits = [model(first, cache=cache, context=context), *(model(part, cache=cache) for part in rest)]
+    logits = [model(first, cache=cache, star_context=context), *(model(part, cache=cache) for part in rest)]
     assert_equal(torch.cat(logits, dim=1), expected)
     tail = cache.fork(2)
-    assert tail.context.tolist() == [9, 9, 17, 17]
+    assert tail.star_context.tolist() == [9, 9, 17, 17]
     cache.reset()
     assert_equal(logits_in_chunks(model, idx, sizes, cache), model(idx))  # 5, as the config says
 
@@ -148,17 +148,17 @@ def test_no_kernel_but_the_mask_takes_a_pattern(name):
     assert kernel_name(spec, T, device, torch.float32) == "masked"
     for kernel in ("sdpa", "tiles", "amx", "flex"):
         spec = tiny_config(**DESIGNS[name], kernel=kernel).layers[0]
-        with pytest.raises(UserError, match=rf"kernel \({kernel}\) knows no \w+ pattern: take masked or auto"):
+        with pytest.raises(UserError, match=rf"kernel \({kernel}\) does not support \w+ patterns: take masked or auto"):
             kernel_name(spec, T, device, torch.float32)
 
 
 def test_a_pass_that_has_no_room_leaves_the_cache_as_it_was():
     model, idx = tiny_model(tiny_config(**DESIGNS["star"])), random_tokens(2, 17)
     cache = model.new_cache(2, 17)
-    model(idx[:, :9], cache=cache, context=2)
+    model(idx[:, :9], cache=cache, star_context=2)
     with pytest.raises(UserError, match="the cache"):
-        model(idx[:, :9], cache=cache, context=17)
-    assert_equal(model(idx[:, 9:], cache=cache), model(idx, context=2)[:, 9:])
+        model(idx[:, :9], cache=cache, star_context=17)
+    assert_equal(model(idx[:, 9:], cache=cache), model(idx, star_context=2)[:, 9:])
 
 
 def test_a_window_for_all_takes_the_place_of_a_pattern():

@@ -99,7 +99,7 @@ SHORT_TEXT = {"model": {"block_size": 8192}, "train": {"global_batch_tokens": 81
         ({"model": {"n_embd": 20}}, ["RoPE rotates pairs: head_dim (5) must be even"]),
         ({"model": {"window": 0}}, ["model.window (0)"]),
         ({"model": {"window": -1}}, ["model.window (-1)"]),
-        ({"model": {"pattern": "swa ful"}}, ["'ful' is no layer", "did you mean full?"]),
+        ({"model": {"pattern": "swa ful"}}, ["'ful' is not a layer", "did you mean full?"]),
         ({"model": {"pattern": "5:"}}, ["pattern ('5:')", "a ratio is"]),
         ({"model": {"pattern": "0:0"}}, ["pattern ('0:0')", "a + b >= 1"]),
         ({"model": {"vocab_size": 100}}, ["model.vocab_size (100) is below the 257 of byte: leave it out"]),
