@@ -1,11 +1,13 @@
 """NetworkShape: the numbers of a network that every mixer may read."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
 from model.layers import GATED, MLPName, NormName
 from model.section import Section
+
+S = TypeVar("S", bound=Section)
 
 
 class NetworkShape(Section):
@@ -55,6 +57,12 @@ class NetworkShape(Section):
         description="components of the published model that this config omits; if set, parameter and FLOP counts are "
         "not reported",
     )
+
+    def own(self, word: str, settings: type[S]) -> S:
+        """The section [model.WORD] of a mixer, which is of this class."""
+        section = getattr(self, word)
+        assert isinstance(section, settings)
+        return section
 
     @property
     def kv_heads(self) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from training.distributed import like
+from model.gpt import GPT
 from training.muon import Muon
 
 Schedule = Literal["cosine", "trapezoid", "constant"]
@@ -56,7 +57,7 @@ class Optimizers:
 
 
 def make_optimizers(
-    model: nn.Module,
+    model: GPT,
     *,
     optimizer: OptimizerName,
     muon_lr: float,
@@ -67,10 +68,11 @@ def make_optimizers(
 ) -> Optimizers:
     """Muon (2502.16982) for the matrices inside the layers and AdamW (1711.05101) for the rest, or AdamW for all.
 
-    Matrices decay; embeddings beside Muon, norms and biases do not. With `base_width` AdamW's rate for the matrices
-    inside the layers is in inverse proportion to n_embd (2203.03466), `adamw_lr` where the two are equal.
+    Matrices decay; embeddings beside Muon, norms, biases and what a mixer keeps from Muon do not. With `base_width`
+    AdamW's rate for the matrices inside the layers is `adamw_lr` * base_width / n_embd (2203.03466).
     """
-    inside = {p for module in model.h for p in module.parameters() if p.dim() == 2}  # type: ignore[union-attr]
+    apart = {p for mixer in model.mixers for p in mixer.adamw_parameters()}  # of AdamW in any case, without decay
+    inside = {p for block in model.h for p in block.parameters() if p.dim() == 2} - apart
     params = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "muon":
         matrices = [p for p in params if p in inside]
@@ -81,11 +83,11 @@ def make_optimizers(
                 torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=0.0, fused=True),
             ]
         )
-    width_factor = base_width / model.config.n_embd if base_width else 1.0  # type: ignore[union-attr, operator]
+    width_factor = base_width / model.config.n_embd if base_width else 1.0
     groups = [
-        {"params": [p for p in params if p not in inside and p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p not in inside | apart and p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p in inside], "weight_decay": weight_decay, "lr": adamw_lr * width_factor},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.dim() < 2 or p in apart], "weight_decay": 0.0},
     ]
     return Optimizers([torch.optim.AdamW(groups, lr=adamw_lr, betas=betas, fused=True)])
 
