@@ -31,7 +31,7 @@ from model.memory import PeakMemory
 from model.cpu.cpp_ops import native
 from training.optim import Optimizers
 
-pytest_plugins = ["studies", "evaluated", "planted", "training", "exported"]  # what only some of the tests share
+pytest_plugins = ["studies", "evaluated", "planted", "training_runs", "exported"]  # what only some of the tests share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 keep_compiled_code()  # before anything imports torch's compiler, which would settle on a place of its own
@@ -265,7 +265,7 @@ def speak(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def script(content: bytes, *, then: int | None = None) -> list[str]:
         tokens = [*content] + ([then] if then is not None else [])
         said = lambda *_, **__: (torch.tensor([token]) for token in [*tokens, *([ord("~")] * 999)])
-        monkeypatch.setattr(generate, "stream", said)
+        monkeypatch.setattr("inference.session.stream", said)
         written: list[str] = []
         write = sys.stdout.write
         monkeypatch.setattr(sys.stdout, "write", lambda x: (written.append(x), write(x))[1])

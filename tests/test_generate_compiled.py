@@ -6,8 +6,8 @@ import pytest
 import torch
 from networks import tiny_config, tiny_model
 
-from inference import sampling
 from inference import compiled_decode as decode
+from inference import sampling
 from model.device import no_compiling, resolve
 
 LONG = ("--max-new-tokens", 25, "--no-stop-at-end")
@@ -45,6 +45,8 @@ def test_int8_says_nearly_the_same_in_fewer_bytes(say):
     assert say("sliding", "--prompt", "To be", *LONG, "--weights", "int8", "--check").code == 0
 
 
-@pytest.mark.parametrize(("other", "said"), [("--check", "--check asks"), ("--cache none", "--cache none keeps none")])
+@pytest.mark.parametrize(
+    ("other", "said"), [("--check", "leave out --cache-dtype int8"), ("--cache none", "needs a cache")]
+)
 def test_an_int8_cache_is_refused_where_it_says_nothing(say, other, said):
     say("sliding", "--cache-dtype", "int8", *other.split()).assert_refused("--cache-dtype int8", said)
