@@ -56,10 +56,10 @@ def run_subcommand(
 ) -> None:
     """Read `prog COMMAND [options]` and call the command's function, whose docstring is its help."""
     kinds = [
-        Annotated[options, tyro.conf.subcommand(name, description=function.__doc__)]  # type: ignore[valid-type]
+        Annotated[options, tyro.conf.subcommand(name, description=function.__doc__)]
         for name, (function, options) in commands.items()
     ]
-    chosen = _cli(Union[tuple(kinds)], prog, description, argv)  # type: ignore[arg-type]  # noqa: UP007
+    chosen = _cli(Union[tuple(kinds)], prog, description, argv)  # noqa: UP007
     next(function for function, options in commands.values() if type(chosen) is options)(chosen)
 
 
@@ -87,7 +87,7 @@ def validated(options: type[T], given: Mapping[str, Any]) -> T:
 def explain(error: ValidationError) -> str:
     """The first thing wrong in one line, such as `--rounds (0) must be at least 1`."""
     first = error.errors()[0]
-    context = first.get("ctx", {})
+    context = {key: _plain(x) for key, x in first.get("ctx", {}).items()}
     if "error" in context:  # a validator's own words
         said = str(context["error"])
     else:
@@ -97,6 +97,10 @@ def explain(error: ValidationError) -> str:
     value = first["input"]
     shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else "''" if value == "" else value
     return f"--{str(first['loc'][0]).replace('_', '-')} ({shown}) {said}"
+
+
+def _plain(x: object) -> object:
+    return int(x) if isinstance(x, float) and x.is_integer() else x
 
 
 class _InvalidError(Exception):

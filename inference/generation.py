@@ -1,6 +1,6 @@
 """A running generation: from sampled tokens to what each text may show, row by row and step by step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -37,7 +37,7 @@ class Generation:
     def __init__(
         self,
         loaded: LoadedModel,
-        stream: Iterator[Tensor],
+        stream: Generator[Tensor, None, None],
         sampling: SamplingParams,
         statistics: GenerationStatistics,
         *,
@@ -81,7 +81,7 @@ class Generation:
         """Every token that there was room for was generated, and more were allowed by max_new_tokens."""
         return self._room is not None and self.n_steps == self._room < self._sampling.max_new_tokens
 
-    def _run(self) -> Iterator[Delta]:
+    def _run(self) -> Generator[Delta, None, None]:
         self.state = "running"
         loaded, sampling = self._loaded, self._sampling
         rows = [
@@ -100,7 +100,7 @@ class Generation:
                     self.n_steps, self.last_token = self.n_steps + 1, tokens[0]
                     for row in live:
                         text = rows[row].add(tokens[row])
-                        yield _delta(row, rows[row], text, tokens[row], logprobs and logprobs[row])
+                        yield _delta(row, rows[row], text, tokens[row], None if logprobs is None else logprobs[row])
                     live = [row for row in live if rows[row].finish is None]
             for row in live:
                 text = rows[row].end("interrupted" if self._cancelled else "length")

@@ -4,7 +4,7 @@ Dimensions: B prompts or sequences, P the longest prompt's tokens, V vocab_size,
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +68,7 @@ def gumbel(seed: int, sample: Tensor, pos: Tensor, n: int) -> Tensor:
     column = torch.arange(n, device=pos.device)
     bits = mix(mix(column + 1)[None] ^ key[:, None]) >> 9  # (B, n) 23 bits: with the half, float32 holds them exactly
     uniform = (bits.float() + 0.5) / (1 << 23)  # never 0 and never 1
-    return -torch.log(
-        -torch.log1p(-uniform)
-    )  # large noise comes from small uniforms, where floats are dense
+    return -torch.log(-torch.log1p(-uniform))  # large noise comes from small uniforms, where floats are dense
 
 
 class LogProbs:
@@ -123,7 +121,7 @@ def stream(
     chunk: int = 512,
     seen: Tensor | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """(B, P) prompt -> an endless stream of (B * n,) tokens: row b * n + s is sample s of prompt b.
 
     The prompt continues what the cache holds; without a cache the whole text is recomputed for each token. `lengths`

@@ -7,6 +7,7 @@ import torch
 from conftest import assert_equal, random_tokens, run_config
 
 import train
+from cli.options import validated
 from model import cost
 from model.device import memory_rate, resolve
 from model.errors import UserError
@@ -134,7 +135,7 @@ def test_numbers_below_their_least_are_refused(changes):
     (name, value), *_ = changes.items()
     lowest = value[-1] if isinstance(value, tuple) else value
     with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} \({lowest}\) must be at least [13]$"):
-        decode.decode(options(**changes))
+        validated(decode.Options, TINY | changes)
 
 
 def test_memory_is_read_at_a_rate_that_hardware_has():

@@ -46,7 +46,7 @@ def test_int8_says_nearly_the_same_in_fewer_bytes(say):
 
 
 @pytest.mark.parametrize(
-    ("other", "said"), [("--check", "leave out --cache-dtype int8"), ("--cache none", "needs a cache")]
+    ("other", "said"), [("--check", "leave out"), ("--cache none", "needs a cache")]
 )
 def test_an_int8_cache_is_refused_where_it_says_nothing(say, other, said):
     say("sliding", "--cache-dtype", "int8", *other.split()).assert_refused("--cache-dtype int8", said)

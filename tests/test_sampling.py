@@ -12,7 +12,7 @@ from networks import VOCAB, make_sampler, tiny_config, tiny_model
 from torch import Tensor
 
 from inference import sampling
-from inference.sampling import LogProbs, gumbel, prefill, stream
+from inference.sampling import Sampler, LogProbs, gumbel, prefill, stream
 
 N = 20_000
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)) * 1.5
@@ -129,7 +129,9 @@ def test_min_p_draws_those_at_least_this_part_as_likely_as_the_likeliest(min_p, 
 def test_a_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_seen():
     logits = torch.tensor([[2.0, 1.5, -1.0, -1.1]])
     likeliest = lambda seen, logits=logits: int(
-        make_sampler(temperature=0, repetition_penalty=1.5).next(logits, *[torch.zeros(1).long()] * 2, torch.tensor([seen]))
+        make_sampler(temperature=0, repetition_penalty=1.5).next(
+            logits, *[torch.zeros(1).long()] * 2, torch.tensor([seen])
+        )
     )
     assert likeliest([False] * 4) == 0
     assert likeliest([True, False, False, False]) == 1  # 1.33 is less than 1.5
