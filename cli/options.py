@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
 T = TypeVar("T")
+Command = tuple[Callable[[Any], None], type]  # a function, and the class of its options
 
 ALLOWED = {  # by pydantic's name of an error
     "greater_than_equal": "must be at least {ge}",
@@ -48,7 +49,7 @@ def parse(options: type[T], *, prog: str, description: str | None, argv: Sequenc
 
 
 def run_subcommand(
-    commands: Mapping[str, tuple[Callable[[Any], None], type]],
+    commands: Mapping[str, Command],
     *,
     prog: str,
     description: str | None,

@@ -13,7 +13,7 @@ import tyro
 
 from artifacts import checkpoint
 from artifacts.run_dir import RunDir
-from cli.options import options_class, run_subcommand
+from cli.options import Command, options_class, run_subcommand
 from cli.program import exit_with_one_line
 from configs.load import build
 from configs.schema import RunConfig
@@ -113,7 +113,7 @@ def to_tune(config: RunConfig, run: Path) -> str:
 
 
 def main() -> None:
-    commands = {"export": (export, Export), "import": (import_, Import)}
+    commands: dict[str, Command] = {"export": (export, Export), "import": (import_, Import)}
     run_subcommand(commands, prog="python -m scripts.convert", description=__doc__)
 
 
