@@ -1,163 +1,162 @@
-"""Generate text from a trained run:  python generate.py runs/shakespeare --prompt "To be" --max-new-tokens 500
+"""Generate text from a trained run:
 
-The text goes to standard output as it is made, the statistics to standard error. More in docs/generation.md.
+  python generate.py runs/shakespeare --prompt "To be" --max-new-tokens 500
+  python generate.py runs/shakespeare --interactive                          continue your lines, one by one
+  python generate.py runs/shakespeare --prompts prompts.txt --num-samples 3  a batch: one prompt per line of a file
+  python generate.py runs/shakespeare --window 256 --n-sink 4                decode through a sliding window
+
+The text goes to standard output as it is generated, statistics to standard error. More in docs/generation.md.
 """
 
-import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from io import TextIOWrapper
-from itertools import chain, islice
+from itertools import chain
+from pathlib import Path
+from typing import Self
 
 import torch
 import tyro
-from torch import Tensor
+from pydantic import model_validator
 
-from artifacts.run_dir import RunDir
+from cli.options import options_class, parse
 from cli.program import exit_with_one_line, out_of_memory, stop_signals
-from data.tokenizer import Tokenizer
-from inference.cache_parity import agreement
-from inference.compiled_decode import should_compile, use_compiled_decode
-from inference.options import Options, read_prompts
-from inference.quantize import quantize
-from inference.sampling import LogProbs, Sampler, pad_right, stream
-from inference.statistics import Meter
-from inference.streaming import through_window
+from inference.cache_parity import cache_parity
+from inference.generation import Generation
+from inference.loading import LoadedModel, load
+from inference.params import CacheParams, ModelParams, SamplingParams
+from inference.session import Session, complete
+from inference.statistics import GenerationStatistics
 from inference.transcript import Transcript
-from model.device import Runtime, resolve
 from model.errors import UserError
-from model.gpt import GPT
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest logit
+TOLERANCE = {  # of --check: relative to the largest logit, by dtype
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 0.01,
+    torch.bfloat16: 0.05,
+}
+
+
+@options_class
+class Input:
+    """Text to continue; without any, a new document."""
+
+    prompt: str | None = None
+    """text to continue"""
+    prompt_file: Path | None = None
+    """read the prompt from a file; - is standard input"""
+    prompts: Path | None = None
+    """read one prompt from each line of a file and continue them as one batch; - is standard input"""
+    interactive: bool = False
+    """ask for text line by line and continue it; the cache is kept between lines"""
+
+
+@options_class
+class Output:
+    """What is written besides the text."""
+
+    json: bool = False
+    """write one line of JSON for each text: text, tokens, log-probabilities and why it ended"""
+    check: bool = False
+    """cache parity: compare the logits with those computed without a cache; exit code 1 if they differ by more than
+    rounding explains"""
+
+
+@options_class
+class Options:
+    """Generate text from a trained run."""
+
+    run: tyro.conf.Positional[Path]
+    """a run's directory, or one of its checkpoints"""
+    input: Input = Input()
+    sampling: SamplingParams = SamplingParams()
+    cache: CacheParams = CacheParams()
+    model: ModelParams = ModelParams()
+    output: Output = Output()
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        given = {"prompt": self.input.prompt, "prompt-file": self.input.prompt_file, "prompts": self.input.prompts}
+        sources = [f"--{name}" for name, value in given.items() if value is not None]
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)} were both given: take one")
+        if self.output.check and self.cache.cache == "none":
+            raise ValueError("--check compares a cache with none: take --cache rolling or full")
+        if self.cache.cache_dtype == "int8" and self.cache.cache == "none":
+            raise ValueError("--cache-dtype int8 needs a cache: take --cache rolling or full")
+        if self.cache.cache_dtype == "int8" and self.output.check:
+            raise ValueError("--check expects logits that a cache does not change: leave out --cache-dtype int8")
+        if not self.input.interactive:
+            return self
+        if self.cache.cache == "none":
+            raise ValueError("--interactive keeps a cache from line to line: take --cache rolling or full")
+        if str(self.input.prompt_file) == "-":
+            raise ValueError("--interactive reads your lines from standard input: give --prompt-file another file")
+        others = {
+            "prompts": self.input.prompts is not None,
+            "num-samples": self.sampling.num_samples != 1,
+            "json": self.output.json,
+            "check": self.output.check,
+        }
+        for name, is_given in others.items():
+            if is_given:
+                raise ValueError(f"--interactive continues one text, line by line: leave out --{name}")
+        return self
 
 
 def generate(options: Options) -> int:
-    """Print text, then what it cost; return the exit code."""
-    options.check_ranges()
-    runtime = resolve(options.device, options.dtype, "off")
-    model, tokenizer = load(options, runtime)
-    n_steps = 0 if options.cache == "none" else options.max_new_tokens
-    use_compiled_decode(model, should_compile(options.compile, model, runtime, n_steps))
-    sampler = Sampler(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-        n_vocab=tokenizer.n_vocab,
-    )
-    run = converse if options.interactive else complete
+    """Print text, then statistics; return the exit code."""
+    n_steps = 0 if options.cache.cache == "none" else options.sampling.max_new_tokens
+    loaded = load(options.run, options.model, n_steps=n_steps)
     try:
-        return run(model, tokenizer, sampler, options, runtime)
+        return converse(loaded, options) if options.input.interactive else write_texts(loaded, options)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        fewer = "--max-length" if options.interactive else "--max-new-tokens, --num-samples or prompts"
+        fewer = "--max-length" if options.input.interactive else "--max-new-tokens, --num-samples or prompts"
         raise UserError(
             f"there is not enough memory: take fewer {fewer}, or --window, with which the cache does not grow"
         ) from None
 
 
-def load(options: Options, runtime: Runtime) -> tuple[GPT, Tokenizer]:
-    """The model to decode with, and its tokenizer."""
-    model, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
-    if options.window is not None:
-        in_cache = options.positions == "in-cache"
-        model = through_window(model, options.window, options.n_sink, rope_in_cache=in_cache)
-        if in_cache and not any(getattr(spec, "rope_in_cache", False) for spec in model.config.layers):
-            raise UserError("--positions in-cache says how keys are rotated, and no layer of this run rotates them")
-    model = model.to(runtime.device, runtime.dtype).eval()
-    return quantize(model) if options.weights == "int8" else model, tokenizer
-
-
-def cache_dtype(options: Options) -> torch.dtype | None:
-    """None: as the weights."""
-    return torch.int8 if options.cache_dtype == "int8" else None
-
-
-def complete(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Options, runtime: Runtime) -> int:
+def write_texts(loaded: LoadedModel, options: Options) -> int:
     """Continue every prompt, and every sample of it, in one batch."""
-    prompts, rolling, n_new = read_prompts(options, tokenizer), options.cache == "rolling", options.max_new_tokens
-    idx, lengths = pad_right(prompts, runtime.device)
-    P = idx.shape[1]
-    if model.wpe is not None and P + n_new - 1 > (limit := model.config.block_size):  # the last one is not read
-        advice = f"take --max-new-tokens {limit + 1 - P} at most" if limit >= P else "shorten the prompt"
-        raise UserError(
-            f"{P} tokens of prompt and {n_new} new ones are more than the {limit} learned positions of this model "
-            f"(block_size): {advice}, or train with position = rope"
-        )
-    cache = (
-        None
-        if options.cache == "none"
-        else model.new_cache(len(prompts), P + n_new, dtype=cache_dtype(options), rolling=rolling)
-    )
-    meter = Meter(model, cache, runtime, n_samples=options.num_samples, rolling=rolling)
-    drawn = LogProbs(tokenizer.n_vocab) if options.json else None
-    tokens = stream(
-        *(model, cache, idx, sampler),
-        lengths=lengths,
-        n_samples=options.num_samples,
-        chunk=options.chunk,
-        watch=drawn,
-    )
-    del cache  # where samples part, each has a cache of its own
-    with reported(meter):
-        meter.begin([len(prompt) for prompt in prompts])
-        transcript = Transcript(
-            tokenizer,
-            ["" if prompt == [tokenizer.eot] else tokenizer.decode(prompt) for prompt in prompts],
-            n_samples=options.num_samples,
-            stop=options.stop,
-            stop_at_end=options.stop_at_end,
-            records=options.json,
-            keep=options.check,
-        )
-        stopped = write(islice(tokens, n_new), transcript, meter, drawn)
+    sampling, output = options.sampling, options.output
+    prompts = [[loaded.tokenizer.eot] if text is None else loaded.encode(text) for text in read_prompts(options.input)]
+    generation = complete(loaded, prompts, sampling, options.cache, logprobs=output.json)
+    texts = ["" if prompt == [loaded.tokenizer.eot] else loaded.tokenizer.decode(prompt) for prompt in prompts]
+    with reported(generation.statistics):
+        transcript = Transcript(texts, n_samples=sampling.num_samples, records=output.json, keep=output.check)
+        stopped = write(generation, transcript)
     if stopped:
         return 128 + stopped
-    return check(model, prompts, transcript, options) if options.check else 0
+    return check(loaded, prompts, transcript, options.cache) if output.check else 0
 
 
-def converse(model: GPT, tokenizer: Tokenizer, sampler: Sampler, options: Options, runtime: Runtime) -> int:
-    """Continue what the user adds, line by line, in one text of which every token is read once."""
-    cache = model.new_cache(1, options.max_length, dtype=cache_dtype(options), rolling=options.cache == "rolling")
-    limit, reached = cache.max_length, f"full layers have room for {options.max_length} tokens (--max-length)"
-    if model.wpe is not None and model.config.block_size < (limit or math.inf):
-        limit, reached = model.config.block_size, f"the learned positions end at {model.config.block_size} (block_size)"
-    meter = Meter(model, cache, runtime, rolling=options.cache == "rolling")
-    seen = sampler.new_seen(1, model.config.vocab, runtime.device)
-    unread = read_prompts(options, tokenizer)[0] if options.prompt or options.prompt_file else []
-    with reported(meter):
+def converse(loaded: LoadedModel, options: Options) -> int:
+    """Continue the user's lines, one by one, in one text."""
+    (first,) = read_prompts(options.input)
+    prompt = [] if first is None else loaded.encode(first)
+    session = Session(loaded, options.sampling, options.cache, prompt=prompt)
+    with reported(session.statistics):
         while (line := ask()) is not None:
             try:
-                ids = unread + tokenizer.encode(line) or [tokenizer.eot]
+                generation = session.turn(line)
             except UserError as error:
                 print(error, file=sys.stderr)
                 continue
-            n_new = options.max_new_tokens
-            if limit is not None:
-                n_new = min(n_new, limit + 1 - cache.length - len(ids))  # the last one is not read
-            if n_new < 1:
-                print(f"{reached}: {cache.length} are used, {len(ids)} more do not fit", file=sys.stderr)
-                continue
-            idx = torch.tensor([ids], device=runtime.device)
-            meter.begin([len(ids)], past=cache.length)
-            tokens = islice(stream(model, cache, idx, sampler, chunk=options.chunk, seen=seen), n_new)
-            transcript = Transcript(tokenizer, [""], stop=options.stop, stop_at_end=options.stop_at_end, keep=True)
-            if write(tokens, transcript, meter) == signal.SIGTERM:
+            if write(generation, Transcript([""])) == signal.SIGTERM:
                 return 128 + signal.SIGTERM
-            made = transcript.rows[0].tokens
-            unread = made[-1:]
-            if len(made) == n_new < options.max_new_tokens:
-                print(f"{reached}, and they are used: begin again", file=sys.stderr)
+            if generation.out_of_room:
+                print(f"{session.limited_by}, and they are used: begin again", file=sys.stderr)
     return 0
 
 
 def ask() -> str | None:
-    """A line of the user's, None at the end; at a terminal there is a mark, and lines can be edited."""
+    """A line from the user, None at the end of input; a terminal shows a prompt and lets lines be edited."""
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
         with suppress(ImportError):
@@ -172,43 +171,35 @@ def ask() -> str | None:
     return line
 
 
-def write(tokens: Iterator[Tensor], transcript: Transcript, meter: Meter, drawn: LogProbs | None = None) -> int | None:
-    """Show what is drawn until every text has ended; the signal that came in between, if one did."""
-    try:
-        first = next(tokens)  # Ctrl-C while the prompt is read ends that at once
+def write(generation: Generation, transcript: Transcript) -> int | None:
+    """Write texts as they are generated, until all have ended; the signal that stopped them, if one did."""
+    with closing(generation):
+        first = next(generation)  # until here Ctrl-C interrupts at once
         with stop_signals() as stopped:
-            for token in chain([first], tokens):
-                if drawn is None:
-                    ids, logprobs = token.tolist(), None
-                else:  # both in one copy from the device
-                    ids, logprobs = torch.stack((token.float(), drawn.last)).tolist()
-                meter.count(len(transcript.live))
-                transcript.add([int(i) for i in ids], logprobs)
-                if stopped or not transcript.live:
-                    break
-            transcript.finish("interrupted" if stopped else "length")
-    finally:
-        meter.end()
+            for delta in chain([first], generation):
+                if stopped:
+                    generation.cancel()
+                transcript.add(delta)
     return stopped[0] if stopped else None
 
 
 @contextmanager
-def reported(meter: Meter) -> Iterator[None]:
-    """Say on standard error what it cost, where Ctrl-C or a closed pipe ends it too."""
+def reported(statistics: GenerationStatistics) -> Iterator[None]:
+    """Print statistics to standard error at the end, also where Ctrl-C or a closed pipe is the end."""
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError):
-        print("", *meter.lines(), sep="\n", file=sys.stderr)
+        print("", *statistics.lines(), sep="\n", file=sys.stderr)
         raise
-    print("", *meter.lines(), sep="\n", file=sys.stderr)
+    print("", *statistics.lines(), sep="\n", file=sys.stderr)
 
 
-def check(model: GPT, prompts: list[list[int]], transcript: Transcript, options: Options) -> int:
-    """Logits with a cache, as generating computes them, against those without; 1 if they differ too much."""
+def check(loaded: LoadedModel, prompts: list[list[int]], transcript: Transcript, params: CacheParams) -> int:
+    """Compare logits with a cache, computed as in generating, with those of one pass; 1 if they differ too much."""
     texts = [prompts[row.prompt] + row.tokens for row in transcript.rows]
     lengths = [len(prompts[row.prompt]) for row in transcript.rows]
-    found = agreement(model, texts, lengths, rolling=options.cache == "rolling", chunk=options.chunk)
-    dtype = model.lm_head.weight.dtype
+    found = cache_parity(loaded.model, texts, lengths, rolling=params.cache == "rolling", chunk=params.chunk)
+    dtype = loaded.runtime.dtype
     allowed = TOLERANCE[dtype] * max(1.0, found.largest)
     verdict = f"{'within' if found.difference <= allowed else 'BEYOND'} the {allowed:.2e}"
     print(
@@ -219,10 +210,35 @@ def check(model: GPT, prompts: list[list[int]], transcript: Transcript, options:
     return 0 if found.difference <= allowed else 1
 
 
+def read_prompts(source: Input) -> list[str | None]:
+    """The text of each prompt; None where none is given."""
+    if source.prompts is not None:
+        lines = _read(source.prompts).removesuffix("\n").split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                raise UserError(f"{source.prompts}: line {number} is empty: each line is a prompt, take it out")
+        return [*lines]
+    text = source.prompt if source.prompt_file is None else _read(source.prompt_file)
+    if text == "":
+        raise UserError("the prompt is empty: give at least a character, or leave --prompt out to begin a new document")
+    return [text]
+
+
+def _read(path: Path) -> str:
+    """The text of a file or of standard input, with \\n as line end."""
+    content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        name = "standard input" if str(path) == "-" else path
+        where = f"{name} is not UTF-8 at byte {error.start}"
+        raise UserError(f"{where}: convert it, as with iconv -f latin1 -t utf-8") from None
+
+
 def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where it cannot write all characters
-    raise SystemExit(generate(tyro.cli(Options, prog="generate.py", description=__doc__)))
+    raise SystemExit(generate(parse(Options, prog="generate.py", description=__doc__)))
 
 
 if __name__ == "__main__":

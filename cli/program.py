@@ -1,4 +1,4 @@
-"""What programs share: how they end when their user is wrong, and when they are told to stop."""
+"""How every program ends: one line and an exit code for a user's mistake, and signals that stop it between steps."""
 
 import os
 import signal
@@ -11,16 +11,16 @@ from typing import TypeVar
 import torch
 
 from model.errors import UserError
-from training.distributed import rank
 
 T = TypeVar("T")
 
 
 def exit_with_one_line(main: Callable[[], T]) -> T:
-    """Run a program; what its user got wrong, or a full disk, is one line and exit code 2, never a traceback."""
+    """Run a program; a mistake of its user or a full disk ends it with one line and exit code 2, never a traceback."""
     file = Path(sys.argv[0])
     name = file.parent.name if file.name == "__main__.py" else file.name
-    name += f" (process {rank()})" if rank() else ""
+    rank = int(os.environ.get("RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # as torchrun sets them
+    name += f" (process {rank})" if rank else ""
     try:
         return main()
     except UserError as error:
@@ -45,24 +45,15 @@ def exit_with_one_line(main: Callable[[], T]) -> T:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether it says that memory was wanting, as a device, a CPU or Python says it."""
+    """True for the errors that CUDA, torch's CPU allocator and Python raise when memory runs out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-
-
-def at_least(options: object, **least: int) -> None:
-    """UserError for the first of these options whose number, or one of several, is below its least."""
-    for name, lowest in least.items():
-        value = getattr(options, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and number < lowest:
-                raise UserError(f"--{name.replace('_', '-')} ({number}) must be at least {lowest}")
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM fill instead of breaking into a step; a second Ctrl-C does not wait for the step.
+    """A list to which Ctrl-C and SIGTERM add their number instead of interrupting a step; a second Ctrl-C interrupts.
 
-    A second SIGTERM does not: schedulers send it to every process of a job, and programs send it on to theirs.
+    A second SIGTERM does not: schedulers send it to every process of a job, and programs pass it on to their children.
     """
     received: list[int] = []
 

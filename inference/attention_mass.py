@@ -1,4 +1,4 @@
-"""How much attention goes to the first tokens, read from the running network.
+"""Attention mass: the probability that attention assigns to the first tokens, measured in the running network.
 
 Dimensions: B batch, T time, H query heads, K KV heads, D head_dim.
 """
@@ -13,11 +13,11 @@ from model.mixers.attention import Attention
 
 
 @torch.no_grad()
-def attention_to_first(model: GPT, batches: Iterable[Tensor], k: int) -> dict[int, float]:
-    """Mean probability that queries behind the first k tokens give to those k, by index of the attention layer.
+def attention_mass(model: GPT, batches: Iterable[Tensor], k: int) -> dict[int, float]:
+    """Mean attention probability on the first k tokens, over all later queries, by index of the attention layer.
 
-    Exact, by whatever kernel runs: each layer runs once more on values that are 1 at the first k tokens and 0 behind
-    them, so that what comes out of its attention is the probability. batches: (B, T) ids, T above k.
+    Exact with any kernel: each layer runs a second time with values that are 1 at the first k tokens and 0 after them,
+    so that the output of attention is the probability. batches: (B, T) ids, T above k.
     """
     found: dict[int, list[Tensor]] = {i: [] for i, block in enumerate(model.h) if isinstance(block.mixer, Attention)}
     hooks = [model.h[i].mixer.register_forward_hook(_again(k, layer)) for i, layer in found.items()]  # type: ignore[union-attr]
@@ -31,7 +31,7 @@ def attention_to_first(model: GPT, batches: Iterable[Tensor], k: int) -> dict[in
 
 
 def _again(k: int, found: list[Tensor]) -> Callable[[Attention, tuple, Tensor], None]:
-    """A hook that runs an attention layer once more, on values that point at the first k tokens."""
+    """A hook that runs an attention layer a second time, with values that mark the first k tokens."""
 
     def point(_: nn.Module, args: tuple, v: Tensor) -> Tensor:
         first = torch.arange(v.shape[1], device=v.device) < k
@@ -44,7 +44,7 @@ def _again(k: int, found: list[Tensor]) -> Callable[[Attention, tuple, Tensor], 
     def hook(mixer: Attention, args: tuple, output: Tensor) -> None:
         inner = mixer.c_v.register_forward_hook(point), mixer.c_proj.register_forward_pre_hook(read)
         try:
-            mixer.forward(*args)  # past its own hooks
+            mixer.forward(*args)  # bypasses its own hooks
         finally:
             for handle in inner:
                 handle.remove()

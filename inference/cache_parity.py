@@ -1,4 +1,4 @@
-"""How far decoding with a cache agrees with computing everything anew.
+"""Cache parity: how far logits decoded with a cache differ from those of one pass over the whole text.
 
 Dimensions: B texts, P the longest prompt, V vocab_size.
 """
@@ -14,20 +14,20 @@ from model.gpt import GPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """Over all positions of all texts."""
+class Parity:
+    """Of all positions of all texts."""
 
-    difference: float  # the largest, of two logits
-    largest: float  # logit
-    n_same: int  # positions whose likeliest token is the same
+    difference: float  # largest absolute difference of two logits
+    largest: float  # largest absolute logit
+    n_same: int  # positions with the same most likely token
     n_positions: int
 
 
 @torch.inference_mode()
-def agreement(
+def cache_parity(
     model: GPT, texts: Sequence[Sequence[int]], n_prompt: Sequence[int], *, rolling: bool = True, chunk: int = 512
-) -> Agreement:
-    """Texts decoded together, their prompts in chunks and the rest token by token, against each alone and at once."""
+) -> Parity:
+    """Compare texts decoded as one batch, prompts in chunks and the rest token by token, with each text in one pass."""
     device = model.lm_head.weight.device
     cached = _decoded_together(model, texts, n_prompt, rolling, chunk)
     difference = largest = n_same = 0
@@ -36,13 +36,13 @@ def agreement(
         difference = max(difference, (logits - plain).abs().max().item())
         largest = max(largest, plain.abs().max().item())
         n_same += int((logits.argmax(dim=1) == plain.argmax(dim=1)).sum())
-    return Agreement(difference=difference, largest=largest, n_same=n_same, n_positions=sum(map(len, texts)))
+    return Parity(difference=difference, largest=largest, n_same=n_same, n_positions=sum(map(len, texts)))
 
 
 def _decoded_together(
     model: GPT, texts: Sequence[Sequence[int]], n_prompt: Sequence[int], rolling: bool, chunk: int
 ) -> list[Tensor]:
-    """The logits of each text, (T, V): what generating a batch computes, ended rows going on with any token."""
+    """The logits of each text, (T, V), as generating a batch computes them; ended rows continue with any token."""
     device = model.lm_head.weight.device
     prompts, lengths = pad_right([text[:n] for text, n in zip(texts, n_prompt, strict=True)], device)
     rests, _ = pad_right([text[n:] for text, n in zip(texts, n_prompt, strict=True)], device)

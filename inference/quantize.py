@@ -1,4 +1,4 @@
-"""Weights in 8 bits: each row of a matrix as whole numbers times a scale of its own; activations stay as they are.
+"""8-bit weights: each row of a matrix as int8 times its own scale; activations keep their dtype.
 
 Dimensions: C inputs, N outputs, V vocab_size.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.gpt import GPT
 from model.int8 import to_int8
 
-FEW = 16  # rows up to which torch's kernel for CPUs beats unpacking the weights for a matrix product
+FEW = 16  # on a CPU, up to so many rows torch's int8 kernel is faster than dequantizing for a matrix product
 
 
 class Int8Linear(nn.Module):
@@ -27,7 +27,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(N, C) as it was before, but for the rounding."""
+        """(N, C) dequantized."""
         return self.int8.to(self.scale.dtype) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """nn.Embedding of the rows of a head that it shares."""
+    """nn.Embedding tied to an Int8Linear head."""
 
     def __init__(self, head: Int8Linear):
         super().__init__()
@@ -56,7 +56,7 @@ class Int8Embedding(nn.Module):
 
 @torch.no_grad()
 def quantize(model: GPT) -> GPT:
-    """The same network, its matrices in int8 in place; embeddings too where they are those of the head."""
+    """Quantize the matrices of a network in place; embeddings too where they are tied to the head."""
     tied = model.lm_head.weight is model.wte.weight
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):

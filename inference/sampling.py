@@ -1,39 +1,38 @@
-"""From logits to text: the next token, and a stream of them.
+"""From logits to tokens: the next one, and a stream of them.
 
 Dimensions: B prompts or sequences, P the longest prompt's tokens, V vocab_size, n n_samples.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from inference.compiled_decode import compiled
+from inference.params import SamplingParams
 from model.cache import Cache
 from model.gpt import GPT
 from model.hash32 import hash32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """How the next token is drawn. temperature 0 takes the likeliest."""
+    """How the next token is drawn from logits, by sampling parameters."""
 
-    temperature: float = 1.0
-    top_k: int | None = None  # only the k likeliest
-    top_p: float | None = None  # only the likeliest that together reach this probability (1904.09751)
-    min_p: float | None = None  # only those at least this part as likely as the likeliest (2407.01082)
-    repetition_penalty: float = 1.0  # above 1: tokens that the text already has become less likely (1909.05858)
-    seed: int = 0
-    n_vocab: int | None = None  # ids from here on only pad the vocabulary and are never drawn
+    def __init__(self, params: SamplingParams, *, n_vocab: int | None = None):
+        """Ids from n_vocab on only pad the vocabulary and are never drawn."""
+        self.temperature, self.seed, self.n_vocab = params.temperature, params.seed, n_vocab
+        self.top_k = params.top_k
+        self.top_p = params.top_p  # 1904.09751
+        self.min_p = params.min_p  # 2407.01082
+        self.repetition_penalty = params.repetition_penalty  # 1909.05858
 
     def next(self, logits: Tensor, pos: Tensor, sample: Tensor, seen: Tensor | None = None) -> Tensor:
-        """(B, V) logits -> (B,) tokens; `seen`, bool (B, V), is what repetition_penalty asks for.
+        """(B, V) logits -> (B,) tokens; `seen`, bool (B, V), marks the tokens that repetition_penalty applies to.
 
-        The noise is a function of (seed, sample, position) and the token alone, so that neither the batch nor the cache
-        nor how the prompt was cut changes the text; pos and sample are (B,).
+        The noise is a function of (seed, sample, position, token), so that batch, cache and prompt chunks do not change
+        the text; pos and sample are (B,).
         """
         logits = logits[:, : self.n_vocab].float()
         if self.repetition_penalty != 1 and seen is not None:
@@ -47,7 +46,7 @@ class Sampler:
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if self.top_p is not None and self.top_p < 1:
             p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-            out = p.cumsum(dim=-1) - p >= self.top_p  # the likelier ones reach it without this one
+            out = p.cumsum(dim=-1) - p >= self.top_p  # more likely tokens reach top_p without this one
             logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
         if self.min_p:
             least = logits.amax(dim=-1, keepdim=True) + math.log(self.min_p)
@@ -56,7 +55,7 @@ class Sampler:
         return (logits + gumbel(self.seed, sample, pos, logits.shape[-1])).argmax(dim=-1)
 
     def new_seen(self, batch_size: int, n_vocab: int, device: torch.device) -> Tensor | None:
-        """Bool (B, V), the tokens of a text that has none yet; None where nothing asks for it."""
+        """The tokens that occur in each text, bool (B, V), none so far; None where there is no repetition penalty."""
         if self.repetition_penalty == 1:
             return None
         return torch.zeros(batch_size, n_vocab, dtype=torch.bool, device=device)
@@ -69,11 +68,11 @@ def gumbel(seed: int, sample: Tensor, pos: Tensor, n: int) -> Tensor:
     column = torch.arange(n, device=pos.device)
     bits = hash32(hash32(column + 1)[None] ^ key[:, None]) >> 9  # (B, n) 23 bits: exact in float32 with the 0.5
     uniform = (bits.float() + 0.5) / (1 << 23)  # never 0 and never 1
-    return -torch.log(-torch.log1p(-uniform))  # the likeliest to win come from small numbers, which are finest
+    return -torch.log(-torch.log1p(-uniform))  # large noise comes from small uniforms, where floats are dense
 
 
 class LogProbs:
-    """A `watch` of a stream: the log-probability that the model itself gives the tokens drawn last, (B,)."""
+    """A `watch` of a stream: the model's own log-probabilities (B,) of the tokens drawn last, before any filter."""
 
     last: Tensor
 
@@ -85,14 +84,14 @@ class LogProbs:
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, P) with zeros behind the shorter rows, and lengths (B,): None where all rows are equally long."""
+    """Tokens (B, P), shorter rows padded with zeros on the right, and lengths (B,): None if all are equally long."""
     lengths = [len(row) for row in rows]
     idx = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in rows], dtype=torch.long, device=device)
     return idx, None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device)
 
 
 def chunks(prompt: Tensor, lengths: Tensor | None, chunk: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(B, P) prompt in pieces of at most `chunk` columns, and how many real tokens each row has in each."""
+    """(B, P) prompt in chunks of at most `chunk` columns, each with the number of real tokens in every row."""
     for start, part in zip(range(0, prompt.shape[1], chunk), prompt.split(chunk, dim=1), strict=True):
         yield part, None if lengths is None else (lengths - start).clamp(0, part.shape[1])
 
@@ -122,12 +121,13 @@ def stream(
     chunk: int = 512,
     seen: Tensor | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
-) -> Iterator[Tensor]:
-    """(B, P) prompt -> its continuations without end, (B * n,) tokens at a time: row b * n + s is sample s of prompt b.
+) -> Generator[Tensor, None, None]:
+    """(B, P) prompt -> an endless stream of (B * n,) tokens: row b * n + s is sample s of prompt b.
 
-    The prompt goes on from what the cache holds; no cache: everything is computed anew. `lengths` (B,) counts the real
-    tokens of right-padded rows. `seen`, a `Sampler.new_seen`, is kept up to date for a text that goes on later. `watch`
-    is given the (B * n, V) logits and the tokens of each draw. When a token arrives, the cache has all before it.
+    The prompt continues what the cache holds; without a cache the whole text is recomputed for each token. `lengths`
+    (B,) counts the real tokens of right-padded rows. `seen`, a `Sampler.new_seen`, is updated in place, for a text that
+    is continued later. `watch` is called with the (B * n, V) logits and the tokens of each draw. When a token is
+    yielded, the cache holds all tokens before it, and not the token itself.
     """
     B, P = prompt.shape
     sample = torch.arange(n_samples, device=prompt.device).repeat(B)
@@ -141,7 +141,7 @@ def stream(
         logits = model(prompt, lengths=lengths, last_only=True)[:, -1]
     else:
         logits = prefill(model, cache, prompt, lengths=lengths, chunk=chunk)
-    if n_samples > 1:  # one prefill serves all
+    if n_samples > 1:  # one prefill for all samples
         cache = None if cache is None else cache.fork(n_samples)
         prompt, n_real, pos, logits = (x.repeat_interleave(n_samples, dim=0) for x in (prompt, n_real, pos, logits))
         seen = None if seen is None else seen.repeat_interleave(n_samples, dim=0)
@@ -154,18 +154,23 @@ def stream(
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
         if cache is None:
-            prompt = F.pad(prompt, (0, 1)).scatter(1, n_real[:, None], token[:, None])  # behind each row's last token
+            prompt = F.pad(prompt, (0, 1)).scatter(1, n_real[:, None], token[:, None])  # after each row's last token
             n_real = n_real + 1
             logits = model(prompt, lengths=None if lengths is None else n_real, last_only=True)[:, -1]
         else:
             logits = model(token[:, None], cache=cache)[:, -1]
-            if model.compiled_decode:
+            if decodes_compiled(model):
                 draw = compiled(Sampler.next)
         pos = pos + 1
 
 
+def decodes_compiled(model: GPT) -> bool:
+    """True where single tokens go through compiled layers."""
+    return model.compiled_decode is not None
+
+
 def _note(seen: Tensor, prompt: Tensor, lengths: Tensor | None) -> None:
-    """Set what a (B, P) prompt has in `seen`; pads stand for their row's first token."""
+    """Mark the tokens of a (B, P) prompt in `seen`; padding counts as the row's first token."""
     if lengths is not None:
         real = torch.arange(prompt.shape[1], device=prompt.device) < lengths[:, None]
         prompt = torch.where(real, prompt, prompt[:, :1])

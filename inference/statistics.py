@@ -1,24 +1,25 @@
-"""What generating cost: speed of prefill and decode, memory read and held."""
+"""Statistics of a generation: speed of prefill and decode, bytes read, memory held."""
 
 import time
 from collections.abc import Sequence
 
+from inference.sampling import decodes_compiled
 from model.cache import Cache
 from model.cost import read_bytes, step_bytes
 from model.device import Runtime
 from model.gpt import GPT
 from model.memory import device_peak
 
-WARM_UP = 2  # steps: a text may have a single token before its first, and one such pass is not compiled
+WARM_UP = 2  # steps: the first decoding step may still run uncompiled, if the prompt was a single token
 
 
-class Meter:
-    """Counts over one or several turns; the clock of a turn runs from `begin` to the last `count`."""
+class GenerationStatistics:
+    """Sums over one or several turns; a turn is timed from `begin` to the last `count`."""
 
     def __init__(self, model: GPT, cache: Cache | None, runtime: Runtime, *, n_samples: int = 1, rolling: bool = True):
-        """The cache as it is before the samples of its rows part."""
+        """`cache` is the one that the prompt is read into, before it is copied for each sample."""
         self._config, self._runtime, self._n_samples, self._rolling = model.config, runtime, n_samples, rolling
-        self._model, self._warms_up = model, model.compiled_decode is not None and cache is not None
+        self._model, self._warms_up = model, decodes_compiled(model) and cache is not None
         self._cache_dtype = None if cache is None else cache.dtype
         self.cache_bytes: dict[str, int] = {}  # by kind of layer
         for spec, layer in zip(
@@ -26,18 +27,18 @@ class Meter:
         ):
             self.cache_bytes[spec.kind] = self.cache_bytes.get(spec.kind, 0) + layer.nbytes * n_samples
         self.n_prefilled = self.n_decoded = 0  # tokens of all rows
-        self.prefill_s = self.decode_s = self.first_s = 0.0  # first_s: to the first token of the first turn
-        self.warm_up_s: float | None = None  # the first steps of decoding, where they compile
-        self.bytes_read = 0  # by decoding, at least: weights once a step, keys and values of each row
+        self.prefill_s = self.decode_s = self.first_s = 0.0  # first_s: until the first token of the first turn
+        self.warm_up_s: float | None = None  # the first decoding steps, where they compile
+        self.bytes_read = 0  # by decoding, at least: weights once per step, keys and values once per row
         self._starts: list[int] = []
 
     def begin(self, lengths: Sequence[int], past: int = 0) -> None:
-        """Prompts of these lengths are about to be read, after `past` tokens that the cache has."""
+        """Start timing a turn: prompts of these lengths, after `past` tokens that are in the cache."""
         self._starts, self._steps, self._n_prompt = [past + n for n in lengths], 0, sum(lengths)
         self._clock = time.perf_counter()
 
     def count(self, n_live: int) -> None:
-        """A step has come to its tokens, of which n_live were waited for."""
+        """A step has produced its tokens, n_live of them for rows that have not ended."""
         now = time.perf_counter()
         if self._steps == 0:
             self.n_prefilled += self._n_prompt
@@ -52,9 +53,9 @@ class Meter:
         self._clock = now
 
     def end(self) -> None:
-        """The turn is over: add up what its steps have read."""
+        """End the turn, and add the bytes that its steps have read."""
         skipped = WARM_UP if self._warms_up else 0
-        n = self._steps - 1 - skipped  # the first token comes of the prefill
+        n = self._steps - 1 - skipped  # the first token comes from the prefill
         self._warms_up &= self._steps <= skipped
         if n < 1 or self._cache_dtype is None:
             return
@@ -63,7 +64,7 @@ class Meter:
         self.bytes_read += n * step_bytes(self._model) + self._n_samples * sum(kv)
 
     def lines(self) -> list[str]:
-        """What there is to say."""
+        """The statistics as lines of text; whatever was not measured is left out."""
         out = []
         if self.prefill_s:
             rate = self.n_prefilled / self.prefill_s

@@ -1,4 +1,4 @@
-"""Loss on a text far longer than the training context: decoded through the rolling cache, and computed anew each time.
+"""Loss on a text far longer than the training context: through the rolling cache, and by recomputing each window.
 
 Dimensions: N tokens to predict, B contexts, W window.
 """
@@ -12,12 +12,12 @@ from model.gpt import GPT
 
 
 def through_window(model: GPT, window: int, n_sink: int, *, rope_in_cache: bool = False) -> GPT:
-    """The same weights decoded through a window: every layer slides with it, whatever it was trained as."""
+    """The same weights with every layer sliding over this window, whatever it was trained with."""
     return same_weights(model, model.config.sliding(window, n_sink, rope_in_cache=rope_in_cache))
 
 
 def same_weights(model: GPT, config: ModelConfig) -> GPT:
-    """A network of another config, with the weights, device and dtype of this one."""
+    """A network of another config with the weights, device and dtype of this one."""
     other = GPT(config).to(model.lm_head.weight)
     other.load_state_dict(model.state_dict())
     return other.train(model.training)
@@ -27,9 +27,9 @@ def same_weights(model: GPT, config: ModelConfig) -> GPT:
 def streamed_losses(
     model: GPT, ids: Tensor, runtime: Runtime, *, chunk: int = 256, cache_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """(N + 1,) ids -> (N,) nats of ids[1:], each decoded after all that came before it, through the cache.
+    """(N + 1,) ids -> (N,) losses of ids[1:] in nats, each given all tokens before it, through the cache.
 
-    A chunk is what token-by-token decoding computes, in fewer passes: it reads the cache before it writes.
+    Chunks give the same result as token-by-token decoding in fewer passes: they read the cache before they write it.
     """
     cache = model.new_cache(1, len(ids) - 1, dtype=cache_dtype)
     losses = []
@@ -43,15 +43,15 @@ def streamed_losses(
 def recomputed_losses(
     model: GPT, ids: Tensor, at: Tensor, window: int, runtime: Runtime, *, batch_tokens: int = 16_384
 ) -> Tensor:
-    """(N + 1,) ids -> nats of ids[at + 1], (len(at),), each from the last `window` tokens alone, without a cache.
+    """(N + 1,) ids -> (len(at),) losses of ids[at + 1] in nats, each from only the last `window` tokens, without cache.
 
-    What streaming is held against (2309.17453): every context begins at position 0, and costs `window` tokens. `at` is
-    in ascending order.
+    The baseline of streaming (2309.17453): every context begins at position 0 and costs `window` tokens. `at` is in
+    ascending order.
     """
     early, late = at[at < window - 1], at[at >= window - 1]
     losses = []
     with runtime.autocast():
-        if len(early):  # their whole past is shorter than the window: one pass has them all
+        if len(early):  # all tokens before them fit into one window: one pass
             n = int(early[-1]) + 1
             losses.append(model(ids[None, :n], ids[None, 1 : n + 1], reduction="none")[0, early])
         back = torch.arange(1 - window, 1, device=ids.device)

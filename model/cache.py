@@ -10,6 +10,7 @@ Dimensions: B batch, K KV heads, S slots, T incoming tokens, D head_dim (of valu
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class KVCache:
         """All that it holds."""
         return [self.k, self.v]
 
-    def fork(self, n: int) -> "KVCache":
+    def fork(self, n: int) -> Self:
         copies = (x.repeat_interleave(n, dim=0) for x in self.tensors())
         return type(self)(*copies, n_sink=self.n_sink, max_length=self.max_length)
 

@@ -8,13 +8,13 @@ for a wide one.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
+from pydantic import field_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cli.options import Count, as_arguments, options_class, validated
 from cli.program import exit_with_one_line
 from configs.load import build, with_options
 from configs.schema import RunConfig
@@ -29,6 +29,25 @@ from scripts.report.tables import table
 from training.optim import make_optimizers
 
 PARTS = ("embedding", "mixers", "MLPs", "last norm", "logits")
+
+
+@options_class
+class Options:
+    """Beside the keys of the config."""
+
+    widths: tuple[Count, ...] = (64, 128, 256, 512)
+    """n_embd of the networks"""
+    steps: Count = 10
+    """optimizer steps before outputs are compared"""
+    to: Path | None = None
+    """draw change against width into this file"""
+
+    @field_validator("widths")
+    @classmethod
+    def _several(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(widths)) < 2:
+            raise ValueError("must be several: a single width shows no trend")
+        return widths
 
 
 def of_width(config: RunConfig, width: int, vocab_size: int) -> RunConfig:
@@ -97,17 +116,9 @@ def draw(widths: list[int], found: list[dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    options = {
-        "widths": Annotated[tuple[int, ...], tyro.conf.arg(help="n_embd of the networks (default: 64 128 256 512)")],
-        "steps": Annotated[int, tyro.conf.arg(help="optimizer steps before they are compared (default: 10)")],
-        "to": Annotated[Path, tyro.conf.arg(help="a picture: change against width")],
-    }
-    config, given = with_options(None, "python -m scripts.coordinates", __doc__ or "", options)
-    widths, steps = list(given.get("widths", (64, 128, 256, 512))), given.get("steps", 10)
-    if min(widths, default=0) < 1 or steps < 1:
-        raise UserError(f"--widths ({widths}) and --steps ({steps}) must be at least 1")
-    if len(set(widths)) < 2:
-        raise UserError(f"--widths ({widths}) must be several: one alone shows no change with the width")
+    config, given = with_options(None, "python -m scripts.coordinates", __doc__ or "", as_arguments(Options))
+    options = validated(Options, given)
+    widths, steps = list(options.widths), options.steps
     prepared = prepare(config.data.text, config.data.tokenizer, root=config.data.dir, progress=config.log.progress)
     configs = [of_width(config, width, config.model.vocab_size or prepared.tokenizer.n_vocab) for width in widths]
     found = [changes(c, prepared, steps) for c in tqdm(configs, unit="width", disable=None)]
@@ -118,9 +129,9 @@ def main() -> None:
         for part in PARTS
     ]
     print(f"after {steps} steps, by n_embd\n\n{table(rows)}")
-    if path := given.get("to"):
-        draw(widths, found, path)
-        print(path)
+    if options.to is not None:
+        draw(widths, found, options.to)
+        print(options.to)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from cli.options import Count, options_class, parse
 from cli.program import exit_with_one_line, stop_signals
 from scripts.report.write import report
 
@@ -20,14 +18,14 @@ VARIANTS = {
 SAMPLE = ("--prompt", "Return the", "--max-new-tokens", "150", "--temperature", "0.7", "--top-p", "0.9")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options:
-    """Train MHA, GQA, and GQA with sliding windows 5:1, one process each; then a table, plots and samples."""
+    """Train MHA, GQA, and GQA with 5:1 sliding windows, one process each; then print a table, plots and samples."""
 
-    steps: int | None = None
-    """Optimizer steps of each, instead of the config's."""
+    steps: Count | None = None
+    """optimizer steps of each run, instead of the config's"""
     out: Path = Path("runs/demo")
-    """Where the runs and the report go; a demo that was interrupted goes on there."""
+    """directory of the runs and the report; an interrupted demo resumes there"""
 
 
 def demo(options: Options) -> None:
@@ -62,7 +60,7 @@ def _python(*arguments: str, quiet: bool = False) -> None:
 
 
 def main() -> None:
-    demo(tyro.cli(Options, prog="python -m scripts.demo", description=__doc__))
+    demo(parse(Options, prog="python -m scripts.demo", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ reported for the same checkpoint. Every figure also goes into evaluations.json i
 
 import json
 
-import tyro
-
+from cli.options import parse
 from cli.program import exit_with_one_line
 from scripts.probes.attention import to_first
 from scripts.probes.extrapolation import extrapolate
-from scripts.probes.options import Options, check
+from scripts.probes.options import Options
 from scripts.probes.perplexity import perplexity
 from scripts.probes.recall import recall
 from scripts.probes.results import Found, keep
@@ -21,7 +20,6 @@ from scripts.probes.subject import open_subject
 
 def evaluate(options: Options) -> dict[str, float]:
     """Measure what is asked for, keep it with the run, print it; the figures by column."""
-    check(options)
     asked = {
         stream: options.stream,
         extrapolate: options.extrapolate is not None,
@@ -44,7 +42,7 @@ def evaluate(options: Options) -> dict[str, float]:
 
 
 def main() -> None:
-    evaluate(tyro.cli(Options, prog="python -m scripts.evaluate", description=__doc__))
+    evaluate(parse(Options, prog="python -m scripts.evaluate", description=__doc__))
 
 
 if __name__ == "__main__":

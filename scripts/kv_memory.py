@@ -7,14 +7,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
 
-from cli.program import at_least, exit_with_one_line
+from cli.options import Count, options_class, parse
+from cli.program import exit_with_one_line
 from configs.load import build, load
 from model import cost
 from model.config import ModelConfig
@@ -28,40 +28,39 @@ EXAMPLE = {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "pattern
 SHAPE = (*EXAMPLE, "head_dim", "n_sink")  # what options say of it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options:
-    """What a shape's KV cache takes, by length of the context, beside the same shape with all KV heads, and without
-    windows."""
+    """Compare the KV cache of one model shape, by context length, with the same shape without GQA or windows."""
 
-    config: Annotated[Path | None, tyro.conf.Positional] = None
-    """A config, whose shape it is; none: a model of 7 B parameters with 8 KV heads and 5:1 windows of 1024."""
+    config: tyro.conf.Positional[Path | None] = None
+    """config whose model shape is used; without one, a 7 B model with 8 KV heads and 5:1 windows of 1024"""
     n_layer: int | None = None
-    """Layers, instead of the config's."""
+    """layers, instead of the config's"""
     n_embd: int | None = None
-    """Width, instead of the config's."""
+    """width of the residual stream, instead of the config's"""
     n_head: int | None = None
-    """Query heads, instead of the config's."""
+    """query heads, instead of the config's"""
     n_kv_head: int | None = None
-    """KV heads, instead of the config's."""
+    """KV heads, instead of the config's"""
     head_dim: int | None = None
-    """Width of a head, instead of the config's."""
+    """width of a head, instead of the config's"""
     pattern: str | None = None
-    """Kinds of layers, as 5:1 or "swa*5 full", instead of the config's."""
+    """kinds of layers, such as 5:1 or "swa*5 full", instead of the config's"""
     window: int | None = None
-    """Keys that a query of a sliding layer sees, instead of the config's."""
+    """keys visible to a query of a sliding layer, instead of the config's"""
     n_sink: int | None = None
-    """First tokens that sliding layers keep, instead of the config's."""
+    """first tokens that sliding layers keep, instead of the config's"""
 
-    context: int | None = None
-    """Tokens whose cache is said first; none: 32768, or all that learned positions allow."""
+    context: Count | None = None
+    """context length, in tokens, of the summary line (default: 32768, or the end of learned positions)"""
     dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
-    """Of keys and values; int8 has a scale of two bytes with each of them in each head."""
+    """dtype of keys and values; int8 adds a two-byte scale to each key and value of each head"""
     presets: bool = False
-    """A row for each config in configs/presets instead."""
+    """print one row for each config in configs/presets instead"""
     json: bool = False
-    """Print JSON instead of tables."""
+    """print JSON instead of tables"""
     plot: Path | None = None
-    """Draw bytes against context into this PNG."""
+    """draw cache bytes against context length into this PNG"""
 
 
 def shape(options: Options) -> ModelConfig:
@@ -181,8 +180,7 @@ def one_shape(options: Options) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="python -m scripts.kv_memory", description=__doc__)
-    at_least(options, context=1)
+    options = parse(Options, prog="python -m scripts.kv_memory", description=__doc__)
     print(presets(options) if options.presets else one_shape(options))
 
 

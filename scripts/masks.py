@@ -4,7 +4,6 @@ With a run, the attention that it pays to a text is drawn beside, the mean over 
 python -m scripts.masks --run runs/shakespeare
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +13,11 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from artifacts.run_dir import RunDir
+from cli.options import options_class, parse
 from cli.program import exit_with_one_line
 from configs.load import load
 from data.tokenizer import Tokenizer
@@ -33,30 +34,33 @@ TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mi
 TEXT += "outrageous fortune, or to take arms against a sea of troubles, and by opposing end them."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options:
-    """Draw who sees whom in each kind of layer of a config or a run."""
+    """Draw the attention mask of each kind of layer of a config or a run."""
 
-    config: Annotated[Path | None, tyro.conf.Positional] = None
-    """A config; or give --run."""
+    config: tyro.conf.Positional[Path | None] = None
+    """a config; or give --run"""
     run: Path | None = None
-    """A run's directory: its attention is drawn too."""
-    tokens: int = 64
-    """Positions to draw."""
+    """a run's directory: its attention weights are drawn too"""
+    tokens: Annotated[int, Field(ge=2, le=2048)] = 64
+    """positions to draw"""
     text: str = TEXT
-    """With --run: what it reads, as far as it is used."""
+    """with --run: the text whose attention weights are drawn, cut to --tokens"""
     to: Path = Path("runs/masks.png")
-    """The picture: png, svg or pdf."""
+    """output file: png, svg or pdf"""
+
+    @field_validator("to")
+    @classmethod
+    def _a_picture(cls, to: Path) -> Path:
+        if to.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError("must end in .png, .svg or .pdf")
+        return to
 
 
 def masks(options: Options) -> None:
     """Write the picture, and say what each kind of layer sees."""
     if (options.config is None) == (options.run is None):
         raise UserError("give a config or --run, one of them: see --help")
-    if not 2 <= options.tokens <= 2048:
-        raise UserError(f"--tokens ({options.tokens}) must be from 2 to 2048")
-    if options.to.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--to ({options.to}) must end in .png, .svg or .pdf")
     if options.run is None:
         T, paid = options.tokens, {}
         layers = load(options.config).model.layers
@@ -158,7 +162,7 @@ def draw_paid(axes: Axes, weights: np.ndarray | None) -> None:
 
 
 def main() -> None:
-    masks(tyro.cli(Options, prog="python -m scripts.masks", description=__doc__))
+    masks(parse(Options, prog="python -m scripts.masks", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -2,40 +2,40 @@
 
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from pydantic import Field
 
 from artifacts.checkpoint import write_json
 from artifacts.run_dir import RunDir
-from cli.program import at_least, exit_with_one_line
-from inference.sampling import Sampler, prefill, stream
+from cli.options import Count, options_class, parse
+from cli.program import exit_with_one_line
+from inference.sampling import Sampler, SamplingParams, prefill, stream
 from model.device import resolve
 from model.memory import measure_peak
 
 FILE = "measured.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options:
     """Measure decoding after a prompt of block_size tokens, and write measured.json into the run's directory."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run's directory."""
-    new_tokens: int = 128
-    """Tokens to decode in each round."""
-    rounds: int = 3
-    """Rounds, of which the median counts."""
+    run: tyro.conf.Positional[Path]
+    """a run's directory"""
+    new_tokens: Annotated[int, Field(ge=2)] = 128
+    """tokens to decode in each round"""
+    rounds: Count = 3
+    """rounds; the median is reported"""
     device: str = "auto"
-    """auto, cpu, cuda, mps."""
+    """auto, cpu, cuda or mps"""
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Tokens per second of prefill and decode at batch 1, bytes of the cache, and the peak memory of generating."""
-    at_least(options, new_tokens=2, rounds=1)
     runtime = resolve(options.device)
     run = RunDir.of(options.run)
     model, tokenizer = run.load(run.path)
@@ -45,7 +45,7 @@ def measure(options: Options) -> dict[str, Any]:
         T = max(1, T - options.new_tokens)  # learned positions end at block_size
     prompt = torch.full((1, T), tokenizer.eot, device=runtime.device)
     cache = model.new_cache(1, T + options.new_tokens)
-    sampler = Sampler(n_vocab=tokenizer.n_vocab)
+    sampler = Sampler(SamplingParams(temperature=1), n_vocab=tokenizer.n_vocab)
 
     def decode() -> float:
         cache.reset()
@@ -81,7 +81,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def main() -> None:
-    for key, value in measure(tyro.cli(Options, prog="python -m scripts.measure", description=__doc__)).items():
+    for key, value in measure(parse(Options, prog="python -m scripts.measure", description=__doc__)).items():
         print(f"{key}: {value:,.1f}" if isinstance(value, float) else f"{key}: {value}")
 
 

@@ -5,10 +5,8 @@ CUDA the kernels' work space differs, and the allocator reserves more than is li
 """
 
 import re
-from typing import Annotated
 
-import tyro
-
+from cli.options import Count, as_arguments, options_class, validated
 from cli.program import exit_with_one_line
 from configs.load import with_options
 from configs.schema import RunConfig
@@ -21,6 +19,14 @@ from training.estimate import train_peak
 
 VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 LENGTHS = (1_024, 8_192, 32_768, 131_072)
+
+
+@options_class
+class Options:
+    """Beside the keys of the config."""
+
+    batch_size: Count | None = None
+    """sequences in one forward pass (default: the config's micro_batch)"""
 
 
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
@@ -37,12 +43,9 @@ def with_known_vocabulary(config: RunConfig) -> RunConfig:
 
 
 def main() -> None:
-    size = Annotated[int, tyro.conf.arg(help="sequences of one forward pass (default: the config's micro_batch)")]
-    config, given = with_options(None, "python -m scripts.memory", __doc__ or "", {"batch_size": size})
-    config = with_known_vocabulary(config)
-    batch_size = given.get("batch_size", config.micro_rows)
-    if batch_size < 1:
-        raise UserError(f"--batch-size ({batch_size}) must be at least 1")
+    config, given = with_options(None, "python -m scripts.memory", __doc__ or "", as_arguments(Options))
+    options, config = validated(Options, given), with_known_vocabulary(config)
+    batch_size = options.batch_size or config.micro_rows
     model, dtype = config.model, resolve("cpu", config.dtype).dtype
     if model.omits is not None:
         print(f"{model.describe()}, omits {model.omits}: parameters and training are not reported\n")

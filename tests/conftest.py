@@ -266,7 +266,7 @@ def speak(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def script(content: bytes, *, then: int | None = None) -> list[str]:
         tokens = [*content] + ([then] if then is not None else [])
         said = lambda *_, **__: (torch.tensor([token]) for token in [*tokens, *([ord("~")] * 999)])
-        monkeypatch.setattr(generate, "stream", said)
+        monkeypatch.setattr("inference.session.stream", said)
         written: list[str] = []
         write = sys.stdout.write
         monkeypatch.setattr(sys.stdout, "write", lambda x: (written.append(x), write(x))[1])

@@ -3,6 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
+from inference.params import SamplingParams
+from inference.sampling import Sampler
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.mixers import MIXERS
@@ -101,3 +103,8 @@ def tiny_model(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch
         for p in model.parameters():
             p.normal_(std=p.shape[-1] ** -0.5) if p.dim() > 1 else p.uniform_(0.5, 1.5)
     return model
+
+
+def make_sampler(*, n_vocab: int | None = None, temperature: float = 1.0, **params) -> Sampler:
+    """A sampler that changes nothing unless it is told to."""
+    return Sampler(SamplingParams(temperature=temperature, **params), n_vocab=n_vocab)

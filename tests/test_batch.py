@@ -5,11 +5,11 @@ from itertools import islice
 import pytest
 import torch
 from conftest import ROOT, random_tokens
-from networks import tiny_config, tiny_model
+from networks import make_sampler, tiny_config, tiny_model
 
 from configs.load import load
-from inference.cache_parity import agreement
-from inference.sampling import Sampler, chunks, pad_right, stream
+from inference.cache_parity import cache_parity
+from inference.sampling import chunks, pad_right, stream
 from model.cache import KVCache
 from model.gpt import GPT
 
@@ -42,7 +42,7 @@ def texts() -> list[list[int]]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
 @pytest.mark.parametrize("chunk", [*range(1, W + 3), 512])
 def test_logits_of_a_batch_are_those_of_single_runs(overrides, chunk, dtype, tolerance):
-    found = agreement(network(overrides, dtype), texts(), LENGTHS, chunk=chunk)
+    found = cache_parity(network(overrides, dtype), texts(), LENGTHS, chunk=chunk)
     if overrides.get("rope_in_cache"):
         tolerance = max(tolerance, 1e-5)  # one distance, from different places, by float32 cos and sin
     assert found.difference < tolerance
@@ -53,7 +53,7 @@ def test_logits_of_a_batch_are_those_of_single_runs(overrides, chunk, dtype, tol
 @pytest.mark.parametrize("sampler", [{"temperature": 0}, {"temperature": 1.2, "seed": 3, "repetition_penalty": 1.1}])
 @pytest.mark.parametrize("chunk", [1, 3, W, W + 1, 512])
 def test_tokens_of_a_batch_are_those_of_single_runs(overrides, sampler, chunk):
-    model, draw = network(overrides), Sampler(**sampler)
+    model, draw = network(overrides), make_sampler(**sampler)
     idx, lengths = pad_right(prompts(), torch.device("cpu"))
     cache = model.new_cache(len(idx), 3 * W + N)
     together = torch.stack(list(islice(stream(model, cache, idx, draw, lengths=lengths, chunk=chunk), N)), dim=1)
@@ -63,7 +63,7 @@ def test_tokens_of_a_batch_are_those_of_single_runs(overrides, sampler, chunk):
 
 
 def test_bfloat16_reports_how_often_the_likeliest_token_agrees():
-    found = agreement(network(MODELS["5:1"], torch.bfloat16), texts(), LENGTHS)
+    found = cache_parity(network(MODELS["5:1"], torch.bfloat16), texts(), LENGTHS)
     assert 0 < found.difference < 0.1 * found.largest
     assert 0.9 * found.n_positions < found.n_same <= found.n_positions
 
@@ -71,7 +71,7 @@ def test_bfloat16_reports_how_often_the_likeliest_token_agrees():
 def test_disagreement_is_found(monkeypatch):
     update = KVCache.update
     monkeypatch.setattr(KVCache, "update", lambda self, k, v, step: update(self, k, v * 1.01, step))
-    found = agreement(network(MODELS["5:1"]), texts(), LENGTHS)
+    found = cache_parity(network(MODELS["5:1"]), texts(), LENGTHS)
     assert found.difference > 1e-3
 
 
@@ -85,7 +85,7 @@ def test_every_config_decodes_as_it_computes_without_a_cache(path):
     model = GPT(config).eval()
     n = min(3 * (config.window or 8), config.block_size - 9)
     together = [random_tokens(length + 9).tolist() for length in (1, n // 3, n)]
-    found = agreement(model, together, [1, n // 3, n], chunk=config.window or 7)
+    found = cache_parity(model, together, [1, n // 3, n], chunk=config.window or 7)
     assert found.difference < 1e-4 * max(1.0, found.largest)
 
 

@@ -8,10 +8,11 @@ import torch
 from networks import tiny_config
 from torch import nn
 
-from model import cost
+from model import cost, cpu
 from model.device import resolve
 from model.errors import UserError
 from model.gpt import GPT
+from scripts.bench import __main__ as bench
 from scripts.bench import attention, loss, timing, train
 from scripts.bench.peers import transformers_twin
 
@@ -152,11 +153,17 @@ def test_the_plain_peer_has_the_loss_of_ours():
     assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
-def test_the_plain_peer_multiplies_as_nn_linear_does():
-    config = tiny_config()
-    idx = torch.arange(6)[None] % config.vocab
-    model = train.plain(config, resolve("cpu", "float32"), idx).model
-    assert {type(part) for part in model.modules() if isinstance(part, nn.Linear)} == {nn.Linear}
+def test_the_plain_peer_runs_torchs_operators_alone(monkeypatch):
+    own = []
+    monkeypatch.setattr(
+        cpu.matmul, "linear", lambda x, weight, bias: own.append(1) or nn.functional.linear(x, weight, bias)
+    )
+    idx, runtime = torch.arange(6)[None], resolve("cpu", "float32")
+    train.plain(tiny_config(), runtime, idx)()
+    assert not own
+    assert cpu.is_on()
+    train.ours(tiny_config(), runtime, idx)()
+    assert own
 
 
 def test_the_loss_is_measured_beside_the_ways_that_hold_all_logits(tmp_path):
@@ -169,18 +176,15 @@ def test_the_loss_is_measured_beside_the_ways_that_hold_all_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "said"),
+    ("line", "said"),
     [
-        (attention.attention, attention.Options(lengths=(64, 0)), "--lengths (0) must be at least 2"),
-        (attention.attention, attention.Options(window=0), "--window (0) must be at least 1"),
-        (attention.attention, attention.Options(n_head=3), "--n-head (3) must be divisible by --n-kv-head (2)"),
-        (loss.loss, loss.Options(block_size=0), "--block-size (0) must be at least 1"),
-        (train.train, train.Options(batch_size=-2), "--batch-size (-2) must be at least 1"),
-        (train.train, train.Options(rounds=0), "--rounds (0) must be at least 1"),
+        ("attention --lengths 64 0", "--lengths (0) must be at least 2"),
+        ("attention --window 0", "--window (0) must be at least 1"),
+        ("attention --n-head 3", "--n-head (3) must be divisible by --n-kv-head (2)"),
+        ("loss --block-size 0", "--block-size (0) must be at least 1"),
+        ("train --batch-size -2", "--batch-size (-2) must be at least 1"),
+        ("train --rounds 0", "--rounds (0) must be at least 1"),
     ],
-    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_numbers_out_of_range_are_refused_before_anything_is_timed(command, options, said):
-    with pytest.raises(UserError) as error:
-        command(options)
-    assert str(error.value) == said
+def test_numbers_out_of_range_are_refused_before_anything_is_timed(program, line, said):
+    program(bench.main, *line.split()).assert_refused(said)

@@ -7,6 +7,7 @@ import torch
 from conftest import assert_equal, random_tokens, run_config
 
 import train
+from cli.options import validated
 from model import cost
 from model.device import memory_rate, resolve
 from model.errors import UserError
@@ -60,7 +61,7 @@ def test_a_cache_that_grows_computes_the_same(variant):
 @torch.no_grad()
 def test_what_transformers_decodes_has_our_shape_and_our_cache(variant):
     runtime, config = resolve("cpu", "float32"), options().config(variant)
-    theirs = Transformers(options(), config, runtime, 12, static=False)
+    theirs = Transformers(options().batch_size, options().new_tokens, config, runtime, 12, static=False)
     assert sum(p.numel() for p in theirs.model.parameters()) == cost.n_params(config)
     theirs.prepare()
     theirs(3)
@@ -74,7 +75,7 @@ def test_a_static_cache_has_all_its_slots_and_gives_the_same_logits(monkeypatch)
     runtime, config = resolve("cpu", "float32"), options().config("swa")
     said, token = [], torch.zeros(1, 1, dtype=torch.long)
     for static in (False, True):
-        theirs = Transformers(options(), config, runtime, 12, static=static)
+        theirs = Transformers(options().batch_size, options().new_tokens, config, runtime, 12, static=static)
         torch.manual_seed(1)
         theirs.prepare()
         said.append(theirs.forward(input_ids=token, past_key_values=theirs.cache, use_cache=True).logits)
@@ -91,7 +92,7 @@ def test_our_clock_starts_where_the_text_has_that_length():
         ours.prepare()
         ours(5)
         assert (ours.cache.length, ours.cache.pos.tolist()) == (11 + 5, [11 + 5])
-    grown = Concatenated(options(), config, runtime, 12)
+    grown = Concatenated(options().batch_size, options().new_tokens, config, runtime, 12)
     grown.prepare()
     grown(5)
     assert grown.cache.length == 11 + 5
@@ -134,7 +135,7 @@ def test_numbers_below_their_least_are_refused(changes):
     (name, value), *_ = changes.items()
     lowest = value[-1] if isinstance(value, tuple) else value
     with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} \({lowest}\) must be at least [13]$"):
-        decode.decode(options(**changes))
+        validated(decode.Options, TINY | changes)
 
 
 def test_memory_is_read_at_a_rate_that_hardware_has():

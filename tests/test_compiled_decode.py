@@ -8,7 +8,7 @@ import torch
 from conftest import assert_equal, logits_in_chunks, logits_ragged, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import by_kind, designs, tiny_config, tiny_model
+from networks import by_kind, designs, make_sampler, tiny_config, tiny_model
 from torch import Tensor
 
 from inference import compiled_decode as decode
@@ -144,7 +144,9 @@ def test_compiled_steps_of_every_kind_of_layer_equal_the_plain_pass(design):
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("sampler", [Sampler(temperature=0), Sampler(seed=3), Sampler(repetition_penalty=1.3)])
+@pytest.mark.parametrize(
+    "sampler", [make_sampler(temperature=0), make_sampler(seed=3), make_sampler(repetition_penalty=1.3)]
+)
 def test_the_text_is_that_of_the_plain_pass(sampler):
     model, prompts = tiny_model(tiny_config(pattern="swa full", window=5, n_sink=1)), random_tokens(2, 4)
     options = {"prompts": prompts, "sampler": sampler, "n_samples": 2}

@@ -9,12 +9,13 @@ from itertools import islice
 import pytest
 import torch
 from conftest import CPU, run_program, save_run
+from networks import make_sampler
 
 import generate
 from artifacts.run_dir import RunDir
 from data.tokenizer import make_tokenizer
-from inference.sampling import Sampler, stream
-from inference.transcript import Transcript
+from inference.generation import Generation
+from inference.sampling import stream
 from model.gpt import GPT
 
 TEN = ("--max-new-tokens", 10, "--no-stop-at-end")
@@ -41,19 +42,19 @@ def test_an_empty_line_goes_on_as_if_it_had_never_stopped(say, converse):
 @pytest.mark.parametrize("run", ["full", "sliding", "swa", "learned"])
 @pytest.mark.parametrize("penalty", [1, 1.5])
 def test_a_turn_is_what_follows_the_whole_text_so_far(converse, runs, monkeypatch, run, penalty):
-    add = Transcript.add
+    next_delta = Generation.__next__
     four = ("--max-new-tokens", 4, "--no-stop-at-end", "--repetition-penalty", penalty, "--temperature", 0)
     shown = []
-    monkeypatch.setattr(Transcript, "add", lambda self, tokens, _=None: shown.append(tokens[0]) or add(self, tokens))
+    monkeypatch.setattr(Generation, "__next__", lambda self: (d := next_delta(self), shown.append(d.token))[0])
     converse(run, "To", "be", options=four)
     network, tokenizer = RunDir(runs / run).load(runs / run)
-    sampler = Sampler(temperature=0, repetition_penalty=penalty, n_vocab=257)
+    sampler = make_sampler(temperature=0, repetition_penalty=penalty, n_vocab=257)
     text = []
     for line in ("To", "be"):
         text += tokenizer.encode(line)
         tokens = stream(network.eval(), None, torch.tensor([text]), sampler)
         text += [int(token) for token in islice(tokens, 4)]
-    assert shown == text[2:6] + text[8:]
+    assert [token for token in shown if token is not None] == text[2:6] + text[8:]
 
 
 def test_every_token_is_read_once(converse, monkeypatch):
@@ -80,7 +81,7 @@ def test_an_empty_first_line_begins_a_document(say, converse):
 def test_full_layers_that_are_full_say_so_and_name_the_option(converse):
     ended = converse("sliding", "x" * 8, "y" * 5, "", options=(*TEN, "--max-length", 20))
     assert ended.code == 0
-    full = "full layers have room for 20 tokens (--max-length)"
+    full = "full layers have room for 20 tokens (max_length)"
     assert ended.err.splitlines()[0] == f"{full}: 17 are used, 6 more do not fit"
     assert ended.err.splitlines()[1] == f"{full}, and they are used: begin again"
     assert "decode 11 tokens" in ended.err  # 9 of the first turn and 2 of the last, beside the first of each
@@ -118,7 +119,7 @@ def test_control_c_ends_the_turn_and_a_termination_the_conversation(converse, mo
                 os.kill(os.getpid(), number)
             yield torch.tensor([ord("a") + n])
 
-    monkeypatch.setattr(generate, "stream", interrupted)
+    monkeypatch.setattr("inference.session.stream", interrupted)
     ended = converse("full", "x", "y")
     assert ended.code == code
     assert ended.out == "".join(["abcde\n", "abcdefghij\n"][:turns])

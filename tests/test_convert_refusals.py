@@ -28,7 +28,7 @@ from scripts.convert import __main__ as convert
         ({"attn_bias": "qkv"}, ["attn_bias (qkv)"]),
         (GEMMA | {"attn_scale": 0.3}, ["Gemma 3 comes nearest", "attn_scale (0.3)"]),
         ({"n_embd": 20}, ["n_embd (20) must be a multiple of n_head (6)"]),
-        ({"without": "its experts"}, ["without its experts (model.without)"]),
+        ({"omits": "its experts"}, ["omits its experts (model.omits)"]),
     ],
     ids=str,
 )

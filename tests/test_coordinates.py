@@ -68,7 +68,7 @@ def test_the_program_prints_a_table_and_draws(tmp_path, text, program):
 
 def test_one_width_is_refused(tmp_path, text, program):
     program(coordinates.main, *command_line(tmp_path, text), "--widths", 24).assert_refused(
-        "--widths ([24]) must be several"
+        "--widths (24) must be several"
     )
 
 

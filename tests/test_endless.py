@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 from conftest import assert_equal, logits_in_chunks, random_tokens
-from networks import tiny_config, tiny_model
+from networks import make_sampler, tiny_config, tiny_model
 
-from inference.sampling import Sampler, prefill, stream
+from inference.sampling import prefill, stream
 from model.attention import rope as positions
 from model.attention.rope import Rope, angles, angles_in_integers
 from model.memory import measure_peak
@@ -122,7 +122,7 @@ def test_a_prompt_of_100_000_tokens_takes_the_cache_and_pieces_of_a_fixed_size()
 
 def resident_after(counts: list[int], model) -> list[int]:
     """Bytes of this process after so many tokens of one text."""
-    tokens = stream(model, model.new_cache(1, 99), random_tokens(1, 5), Sampler())
+    tokens = stream(model, model.new_cache(1, 99), random_tokens(1, 5), make_sampler())
     sizes, done = [], 0
     for n in counts:
         for _ in islice(tokens, n - done):

@@ -67,7 +67,8 @@ VALUES = {  # what hypothesis may put in the place of that; some of it is wrong 
     "kernel": ["auto", "sdpa", "tiles", "amx", "masked", "flex"],
     "dropout": [0.0, 0.3],
     "z_loss": [0.0, 0.01],
-    "without": [None, "its experts"],
+    "omits": [None, "its experts"],
+    "loops": [1, 2],
 }
 
 

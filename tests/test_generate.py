@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 from conftest import CPU, run_program, save_run
-from networks import SMALL, tiny_config, tiny_model
+from networks import SMALL, make_sampler, tiny_config, tiny_model
 
 import generate
 from artifacts.run_dir import RunDir
 from data.tokenizer import make_tokenizer
+from inference.loading import load
+from inference.params import ModelParams
 from inference.sampling import Sampler, stream
 from model import cost
 from model.cache import KVCache
@@ -28,7 +30,7 @@ def test_standard_output_has_the_prompt_and_the_text_alone(say, runs):
     ended = say("full", "--prompt", "To be", "--max-new-tokens", 30, "--no-stop-at-end")
     model, tokenizer = RunDir(runs / "full").load(runs / "full")
     prompt = torch.tensor([tokenizer.encode("To be")])
-    tokens = stream(model.eval(), None, prompt, Sampler(temperature=0.8, n_vocab=257))
+    tokens = stream(model.eval(), None, prompt, make_sampler(temperature=0.8, n_vocab=257))
     expected = tokenizer.decode([int(next(tokens)) for _ in range(30)])
     assert ended.code == 0
     assert ended.out == f"To be{expected}\n"
@@ -51,7 +53,7 @@ def test_statistics_go_to_standard_error(say, runs):
 def test_without_a_prompt_a_new_document_begins(say, runs):
     ended = say("full", "--max-new-tokens", 12, "--no-stop-at-end")
     model, tokenizer = RunDir(runs / "full").load(runs / "full")
-    tokens = stream(model.eval(), None, torch.tensor([[tokenizer.eot]]), Sampler(temperature=0.8, n_vocab=257))
+    tokens = stream(model.eval(), None, torch.tensor([[tokenizer.eot]]), make_sampler(temperature=0.8, n_vocab=257))
     assert ended.out == tokenizer.decode([int(next(tokens)) for _ in range(12)]) + "\n"
 
 
@@ -162,8 +164,7 @@ def test_a_window_equals_a_network_whose_every_layer_slides(say):
 
 
 def test_a_window_keeps_the_weights_and_changes_the_layers(runs):
-    options = generate.Options(run=runs / "full", window=3, n_sink=1)
-    model, _ = generate.load(options, generate.resolve("cpu", "float32"))
+    model = load(runs / "full", ModelParams(window=3, n_sink=1, device="cpu", dtype="float32")).model
     other = tiny_model(tiny_config(vocab_size=257, pattern="swa", window=3, n_sink=1), dtype=torch.float32)
     idx = torch.arange(40)[None]
     with torch.no_grad():
@@ -181,7 +182,7 @@ def test_learned_positions_end_at_the_training_context(say):
     fits = say("learned", "--prompt", "x" * 6, "--max-new-tokens", 11, "--no-stop-at-end")
     assert fits.code == 0
     beyond = say("learned", "--prompt", "x" * 6, "--max-new-tokens", 12, "--no-stop-at-end")
-    beyond.assert_refused("generate.py: ", "more than the 16 learned positions", "take --max-new-tokens 11 at most")
+    beyond.assert_refused("generate.py: ", "more than the 16 learned positions", "max_new_tokens may be 11")
     assert beyond.out == ""
 
 
@@ -279,7 +280,7 @@ def test_a_signal_ends_the_text_with_the_token_in_the_making_and_says_what_it_co
                 os.kill(os.getpid(), number)
             yield torch.tensor([ord("a") + n])
 
-    monkeypatch.setattr(generate, "stream", interrupted)
+    monkeypatch.setattr("inference.session.stream", interrupted)
     ended = say("full", "--prompt", "x")
     assert ended.code == code
     assert ended.out == "xabcde\n"

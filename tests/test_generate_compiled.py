@@ -27,7 +27,7 @@ def test_compiled_layers_say_the_same_and_their_warm_up_is_said_apart(say, monke
 
 def test_a_few_tokens_are_not_worth_compiling_for_and_many_are():
     model, runtime = tiny_model(tiny_config(), dtype=torch.float32), resolve("cpu", "float32")
-    worth = [decode.compiling("auto", model, runtime, n) for n in (30, 10**6)]
+    worth = [decode.should_compile("auto", model, runtime, n) for n in (30, 10**6)]
     assert worth == [False, no_compiling(runtime.device) is None]
 
 
@@ -45,6 +45,6 @@ def test_int8_says_nearly_the_same_in_fewer_bytes(say):
     assert say("sliding", "--prompt", "To be", *LONG, "--weights", "int8", "--check").code == 0
 
 
-@pytest.mark.parametrize(("other", "said"), [("--check", "--check asks"), ("--cache none", "--cache none keeps none")])
+@pytest.mark.parametrize(("other", "said"), [("--check", "leave out"), ("--cache none", "needs a cache")])
 def test_an_int8_cache_is_refused_where_it_says_nothing(say, other, said):
     say("sliding", "--cache-dtype", "int8", *other.split()).assert_refused("--cache-dtype int8", said)

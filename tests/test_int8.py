@@ -113,8 +113,8 @@ def test_rows_of_an_int8_cache_are_their_own_and_can_be_forked():
 def test_a_compiled_step_reads_an_int8_cache_as_a_plain_one_does(kind, monkeypatch):
     monkeypatch.setattr(decode, "compiled", lambda function: function)
     idx, logits = random_tokens(3, 26), []
-    for fused in (False, True):
+    for on in (False, True):
         model, cache = kept_in_int8(kind)
-        model.fused = fused
+        decode.use_compiled_decode(model, on)
         logits.append(logits_in_chunks(model, idx, [3] + [1] * 23, cache))
     assert_equal(logits[1], logits[0], 1e-10)

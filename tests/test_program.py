@@ -1,11 +1,9 @@
-"""What programs share: how they end, and what they are told at once."""
-
-from types import SimpleNamespace
+"""How programs end: exit codes and one line for what went wrong."""
 
 import pytest
 import torch
 
-from cli.program import at_least, exit_with_one_line
+from cli.program import exit_with_one_line
 from model.errors import UserError
 
 
@@ -32,18 +30,6 @@ def test_another_runtimeerror_is_a_bug_and_keeps_its_traceback(program):
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         program(main)
-
-
-@pytest.mark.parametrize("fine", [3, None, "all", (3, 9), ()])
-def test_what_is_not_below_its_least_passes(fine):
-    at_least(SimpleNamespace(n_rows=fine), n_rows=3)
-
-
-@pytest.mark.parametrize(("wrong", "shown"), [(2, "2"), (-1, "-1"), ((3, 2), "2")])
-def test_a_number_below_its_least_is_shown_with_its_option(wrong, shown):
-    with pytest.raises(UserError) as error:
-        at_least(SimpleNamespace(n_rows=wrong), n_rows=3)
-    assert str(error.value) == f"--n-rows ({shown}) must be at least 3"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from conftest import random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import VOCAB, tiny_config, tiny_model
+from networks import VOCAB, make_sampler, tiny_config, tiny_model
 from torch import Tensor
 
 from inference import sampling
@@ -27,7 +27,7 @@ def text(
     model, cache, prompt: Tensor, n: int = 20, *, lengths=None, n_samples: int = 1, chunk: int = 512, **sampler
 ) -> Tensor:
     """(B, P) -> (B * n_samples, n) what the model goes on with."""
-    tokens = stream(model, cache, prompt, Sampler(**sampler), lengths=lengths, n_samples=n_samples, chunk=chunk)
+    tokens = stream(model, cache, prompt, make_sampler(**sampler), lengths=lengths, n_samples=n_samples, chunk=chunk)
     return torch.stack(list(islice(tokens, n)), dim=1)
 
 
@@ -49,28 +49,28 @@ def odds_are_right(tokens: Tensor, p: Tensor) -> bool:
 @pytest.mark.parametrize("top", [{}, {"top_k": 3}, {"top_p": 0.5}])
 def test_temperature_zero_takes_the_likeliest(top):
     logits = torch.randn(7, VOCAB)
-    tokens = Sampler(temperature=0, **top).next(logits, torch.arange(7), torch.arange(7))
+    tokens = make_sampler(temperature=0, **top).next(logits, torch.arange(7), torch.arange(7))
     assert torch.equal(tokens, logits.argmax(dim=1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_with_the_odds_of_the_softmax(temperature):
-    assert odds_are_right(draws(Sampler(temperature=temperature)), (LOGITS / temperature).softmax(0))
+    assert odds_are_right(draws(make_sampler(temperature=temperature)), (LOGITS / temperature).softmax(0))
 
 
 def test_samples_are_drawn_with_the_odds_of_the_softmax_too():
-    tokens = Sampler().next(LOGITS.expand(N, -1), torch.full((N,), 5), torch.arange(N))
+    tokens = make_sampler().next(LOGITS.expand(N, -1), torch.full((N,), 5), torch.arange(N))
     assert odds_are_right(tokens, LOGITS.softmax(0))
 
 
 def test_seeds_are_drawn_with_the_odds_of_the_softmax_too():
     zero = torch.zeros(1, dtype=torch.long)
-    tokens = torch.cat([Sampler(seed=seed).next(LOGITS[None], zero, zero) for seed in range(3000)])
+    tokens = torch.cat([make_sampler(seed=seed).next(LOGITS[None], zero, zero) for seed in range(3000)])
     assert odds_are_right(tokens, LOGITS.softmax(0))
 
 
 def test_neighbouring_positions_are_independent():
-    tokens = draws(Sampler(), torch.zeros(5))
+    tokens = draws(make_sampler(), torch.zeros(5))
     pairs = torch.bincount(5 * tokens[:-1] + tokens[1:], minlength=25).view(5, 5)
     assert scipy.stats.chi2_contingency(pairs.numpy()).pvalue > 1e-3
 
@@ -78,14 +78,14 @@ def test_neighbouring_positions_are_independent():
 def test_a_logit_of_minus_infinity_is_never_drawn():
     logits = LOGITS.clone()
     logits[::2] = -torch.inf
-    tokens = draws(Sampler(), logits)
+    tokens = draws(make_sampler(), logits)
     assert (tokens % 2 == 1).all()
     assert odds_are_right(tokens, logits.softmax(0))
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, VOCAB - 1, VOCAB, VOCAB + 9])
 def test_top_k_draws_the_k_likeliest_with_their_odds(k):
-    tokens = draws(Sampler(top_k=k))
+    tokens = draws(make_sampler(top_k=k))
     allowed = LOGITS.topk(min(k, VOCAB)).indices
     assert set(tokens.tolist()) <= set(allowed.tolist())
     p = torch.zeros(VOCAB)
@@ -99,20 +99,20 @@ def test_top_k_draws_the_k_likeliest_with_their_odds(k):
 )
 def test_top_p_draws_the_fewest_that_together_reach_it(top_p, allowed):
     p = torch.tensor([0.3 - 1e-4, 0.1 - 1e-4, 0.2 - 1e-4, 0.4 + 3e-4])  # reaches 0.4, 0.7, 0.9, 1.0
-    tokens = draws(Sampler(top_p=top_p), p.log())
+    tokens = draws(make_sampler(top_p=top_p), p.log())
     assert set(tokens.tolist()) == allowed
     within = torch.tensor([p[i] if i in allowed else 0.0 for i in range(4)])
     assert len(allowed) == 1 or odds_are_right(tokens, within / within.sum())
 
 
 def test_top_p_of_one_leaves_everything():
-    assert torch.equal(draws(Sampler(top_p=1.0)), draws(Sampler()))
+    assert torch.equal(draws(make_sampler(top_p=1.0)), draws(make_sampler()))
 
 
 def test_top_p_counts_after_top_k_and_temperature():
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    assert set(draws(Sampler(top_k=2, top_p=0.56), p.log()).tolist()) == {0}  # 0.4 / 0.7 reaches it
-    assert set(draws(Sampler(temperature=0.1, top_p=0.9), p.log()).tolist()) == {0}
+    assert set(draws(make_sampler(top_k=2, top_p=0.56), p.log()).tolist()) == {0}  # 0.4 / 0.7 reaches it
+    assert set(draws(make_sampler(temperature=0.1, top_p=0.9), p.log()).tolist()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_top_p_counts_after_top_k_and_temperature():
 )
 def test_min_p_draws_those_at_least_this_part_as_likely_as_the_likeliest(min_p, allowed):
     p = torch.tensor([0.3, 0.1, 0.2, 0.4])
-    tokens = draws(Sampler(min_p=min_p), p.log())
+    tokens = draws(make_sampler(min_p=min_p), p.log())
     assert set(tokens.tolist()) == allowed
     within = torch.tensor([p[i] if i in allowed else 0.0 for i in range(4)])
     assert len(allowed) == 1 or odds_are_right(tokens, within / within.sum())
@@ -129,7 +129,9 @@ def test_min_p_draws_those_at_least_this_part_as_likely_as_the_likeliest(min_p, 
 def test_a_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_seen():
     logits = torch.tensor([[2.0, 1.5, -1.0, -1.1]])
     likeliest = lambda seen, logits=logits: int(
-        Sampler(temperature=0, repetition_penalty=1.5).next(logits, *[torch.zeros(1).long()] * 2, torch.tensor([seen]))
+        make_sampler(temperature=0, repetition_penalty=1.5).next(
+            logits, *[torch.zeros(1).long()] * 2, torch.tensor([seen])
+        )
     )
     assert likeliest([False] * 4) == 0
     assert likeliest([True, False, False, False]) == 1  # 1.33 is less than 1.5
@@ -168,7 +170,7 @@ def test_what_may_be_drawn_is_what_transformers_allows(monkeypatch, options):
     found = {}
     monkeypatch.setattr(sampling, "gumbel", lambda *_: found.setdefault("noise", torch.zeros(VOCAB)))
     monkeypatch.setattr(Tensor, "argmax", lambda self, dim: found.setdefault("scores", self))
-    sampler, zeros = Sampler(temperature=0.7, **options), torch.zeros(2, dtype=torch.long)
+    sampler, zeros = make_sampler(temperature=0.7, **options), torch.zeros(2, dtype=torch.long)
     seen = sampler.new_seen(2, VOCAB, prompt.device)
     if seen is not None:
         seen.scatter_(1, prompt, True)
@@ -178,7 +180,7 @@ def test_what_may_be_drawn_is_what_transformers_allows(monkeypatch, options):
 
 def test_what_a_row_has_seen_is_its_own_prompt_and_text():
     model, prompts = sliding_model(), random_tokens(2, 9)
-    sampler, lengths = Sampler(repetition_penalty=1.2), torch.tensor([9, 4])
+    sampler, lengths = make_sampler(repetition_penalty=1.2), torch.tensor([9, 4])
     seen = sampler.new_seen(2, VOCAB, prompts.device)
     drawn = list(islice(stream(model, model.new_cache(2, 40), prompts, sampler, lengths=lengths, seen=seen), 6))
     for row, n in enumerate([9, 4]):
@@ -190,16 +192,16 @@ def test_what_a_row_has_seen_is_its_own_prompt_and_text():
 def test_ids_that_pad_the_vocabulary_are_never_drawn(sampler):
     logits = LOGITS.clone()
     logits[25:] = 50.0
-    tokens = draws(Sampler(n_vocab=25, **sampler), logits)
+    tokens = draws(make_sampler(n_vocab=25, **sampler), logits)
     assert tokens.max() < 25
-    assert torch.equal(tokens, draws(Sampler(**sampler), LOGITS[:25]))
+    assert torch.equal(tokens, draws(make_sampler(**sampler), LOGITS[:25]))
 
 
 def test_rows_may_have_thresholds_of_their_own():
     logits = torch.stack([LOGITS, LOGITS.flip(0)])
     pos, sample = torch.tensor([3, 3]), torch.tensor([0, 0])
-    both = Sampler(top_k=2, top_p=0.8).next(logits, pos, sample)
-    each = [Sampler(top_k=2, top_p=0.8).next(row[None], pos[:1], sample[:1]) for row in logits]
+    both = make_sampler(top_k=2, top_p=0.8).next(logits, pos, sample)
+    each = [make_sampler(top_k=2, top_p=0.8).next(row[None], pos[:1], sample[:1]) for row in logits]
     assert torch.equal(both, torch.cat(each))
 
 
@@ -237,7 +239,7 @@ def test_any_seed_will_do(seed):
 
 def test_drawing_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    draws(Sampler(), n=3)
+    draws(make_sampler(), n=3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -320,7 +322,7 @@ def test_seeds_give_different_texts():
 
 
 def test_a_stream_draws_each_token_with_the_noise_of_its_sample_and_position():
-    model, idx, sampler = sliding_model(), PROMPT.expand(2, -1), Sampler(**WARM)
+    model, idx, sampler = sliding_model(), PROMPT.expand(2, -1), make_sampler(**WARM)
     with torch.no_grad():
         for n in range(20):
             token = sampler.next(model(idx)[:, -1], torch.full((2,), 11 + n), torch.arange(2))
@@ -331,7 +333,7 @@ def test_a_stream_draws_each_token_with_the_noise_of_its_sample_and_position():
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("n", [1, 7])
 def test_a_text_that_goes_on_later_is_the_text_in_one_go(n, penalty):
-    model, sampler = sliding_model(), Sampler(repetition_penalty=penalty, **WARM)
+    model, sampler = sliding_model(), make_sampler(repetition_penalty=penalty, **WARM)
     cache, seen = model.new_cache(1, 40), sampler.new_seen(1, VOCAB, PROMPT.device)
     first = list(islice(stream(model, cache, PROMPT, sampler, seen=seen), n))
     rest = list(islice(stream(model, cache, first[-1][None], sampler, seen=seen), 20 - n))
@@ -341,7 +343,7 @@ def test_a_text_that_goes_on_later_is_the_text_in_one_go(n, penalty):
 def test_a_watch_sees_the_logits_of_every_draw():
     model, seen = sliding_model(), []
     watch = lambda logits, tokens: seen.append((logits.clone(), tokens.clone()))
-    drawn = list(islice(stream(model, model.new_cache(1, 40), PROMPT, Sampler(**WARM), watch=watch), 5))
+    drawn = list(islice(stream(model, model.new_cache(1, 40), PROMPT, make_sampler(**WARM), watch=watch), 5))
     whole = torch.cat((PROMPT, *(token[:, None] for token in drawn[:-1])), dim=1)
     assert torch.equal(torch.cat([tokens for _, tokens in seen]), torch.cat(drawn))
     torch.testing.assert_close(torch.cat([logits for logits, _ in seen]), model(whole)[0, 10:].detach())

@@ -4,10 +4,10 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from training.distributed import like
 from model.gpt import GPT
+from training.distributed import like
 from training.muon import Muon
 
 Schedule = Literal["cosine", "trapezoid", "constant"]

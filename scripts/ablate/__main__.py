@@ -5,16 +5,16 @@ The same command repeated goes on where it was stopped or killed, and runs again
 
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from filelock import FileLock
 
 from artifacts.checkpoint import write_json
 from artifacts.run_dir import RunDir
-from cli.program import at_least, exit_with_one_line
+from cli.options import Count, options_class, parse
+from cli.program import exit_with_one_line
 from data.prepare import prepare
 from model.errors import UserError
 from scripts.ablate.plan import plan
@@ -24,23 +24,23 @@ from scripts.report.collect import STUDY
 from scripts.report.write import report
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options:
-    """Train every variant of a study with every seed, each in a process of its own; measure each; report.
+    """Train every variant of a study with every seed, each in its own process; measure each; write the report.
 
     A study is a TOML file with a base config, variants or a grid, and seeds: see docs/ablations.md.
     """
 
-    study: Annotated[Path, tyro.conf.Positional]
-    """The study's TOML file."""
+    study: tyro.conf.Positional[Path]
+    """the study's TOML file"""
     dry_run: bool = False
-    """Show the cells with an estimate of their time and memory, and run nothing."""
-    jobs: int = 1
-    """How many cells run at a time, in turn on the GPUs there are; on a CPU they share its threads."""
+    """list the cells with an estimate of their time and memory, and run nothing"""
+    jobs: Count = 1
+    """cells that run at the same time: distributed over the GPUs, or sharing the threads of a CPU"""
     shard: str = "1/1"
-    """i/n: run the i-th of n parts of the cells, as a job of an array on a cluster does."""
+    """i/n: run only the i-th of n parts of the cells, for one task of a job array on a cluster"""
     out: Path | None = None
-    """Where cells and report go; without it runs/ablations/NAME."""
+    """directory of cells and report (default: runs/ablations/NAME)"""
 
 
 def ablate(options: Options) -> int:
@@ -49,7 +49,6 @@ def ablate(options: Options) -> int:
     out = options.out or Path("runs/ablations") / options.study.stem
     every = cells(study, options.study, out)
     part = of_shard(every, options.shard)
-    at_least(options, jobs=1)
     if options.dry_run:
         print(plan(part))
         return 0
@@ -92,7 +91,7 @@ def description(study: Study, file: Path, every: list[Cell]) -> dict[str, Any]:
 
 
 def main() -> None:
-    raise SystemExit(ablate(tyro.cli(Options, prog="python -m scripts.ablate", description=__doc__)))
+    raise SystemExit(ablate(parse(Options, prog="python -m scripts.ablate", description=__doc__)))
 
 
 if __name__ == "__main__":

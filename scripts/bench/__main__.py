@@ -1,21 +1,18 @@
-"""What attention, training and decoding cost:  python -m scripts.bench attention --help"""
+"""Benchmark attention, training, decoding and the loss:  python -m scripts.bench attention --help"""
 
-from collections.abc import Callable
-
-import tyro
-
+from cli.options import Command, run_subcommand
 from cli.program import exit_with_one_line
-from scripts.bench.attention import attention
-from scripts.bench.decode import decode
-from scripts.bench.loss import loss
-from scripts.bench.train import train
+from scripts.bench import attention, decode, loss, train
 
 
 def main() -> None:
-    commands: dict[str, Callable[..., None]] = {"attention": attention, "decode": decode, "loss": loss, "train": train}
-    tyro.extras.subcommand_cli_from_dict(
-        commands, prog="python -m scripts.bench", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    commands: dict[str, Command] = {
+        "attention": (attention.attention, attention.Options),
+        "decode": (decode.decode, decode.Options),
+        "loss": (loss.loss, loss.Options),
+        "train": (train.train, train.Options),
+    }
+    run_subcommand(commands, prog="python -m scripts.bench", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
-from cli.program import at_least
+from cli.options import Count, Natural, options_class
 from model.attention.dispatch import Call, attend, kernel_name, prepare
 from model.attention.spec import AttentionSpec
 from model.context import ForwardContext
@@ -20,33 +20,32 @@ from scripts.bench.timing import Measured, exponent, ratio, refuse_unfused, save
 from scripts.report import new_figure, save_figure
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options(Measured):
-    """Shapes and lengths. Full attention is torch's fused causal kernel, as everybody calls it."""
+    """Shapes and lengths. Full attention is torch's fused causal kernel."""
 
-    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
-    """Tokens."""
-    window: int = 256
-    """Keys that a query sees, itself included."""
-    batch_size: int = 1
-    """Sequences."""
-    n_head: int = 8
-    """Query heads."""
-    head_dim: int = 64
-    """Width of a head."""
-    n_kv_head: int = 2
-    """KV heads of the row with fewer KV heads and sinks."""
-    n_sink: int = 4
-    """Sinks of that row."""
+    lengths: tuple[Annotated[int, Field(ge=2)], ...] = (2048, 4096, 8192, 16384, 32768)
+    """context lengths in tokens"""
+    window: Count = 256
+    """keys visible to a query, itself included"""
+    batch_size: Count = 1
+    """sequences in a batch"""
+    n_head: Count = 8
+    """query heads"""
+    head_dim: Count = 64
+    """width of a head"""
+    n_kv_head: Count = 2
+    """KV heads of the row with GQA and sinks"""
+    n_sink: Natural = 4
+    """sinks of that row"""
     mask_up_to: int = 4096
-    """Largest length at which the window as a mask over the fused kernel is timed too; 0: never."""
+    """largest length at which a window mask on the fused full kernel is timed too; 0: never"""
     plot: Path | None = None
-    """Draw time and memory against length here."""
+    """draw time and memory against length into this file"""
 
 
 def attention(options: Options) -> None:
     """Time windowed attention against full causal attention, forward and backward."""
-    at_least(options, lengths=2, window=1, batch_size=1, n_head=1, head_dim=1, n_kv_head=1, n_sink=0, rounds=1)
     if options.n_head % options.n_kv_head:
         raise UserError(f"--n-head ({options.n_head}) must be divisible by --n-kv-head ({options.n_kv_head})")
     runtime = resolve(options.device, options.dtype)

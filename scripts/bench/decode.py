@@ -3,18 +3,18 @@
 import math
 import statistics
 import time
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from cli.program import at_least
+from cli.options import Count, options_class
 from inference.compiled_decode import should_compile, use_compiled_decode
 from inference.quantize import quantize
-from inference.sampling import Sampler, stream
+from inference.sampling import Sampler, SamplingParams, stream
 from model import cost
 from model.config import ModelConfig
 from model.cost import step_bytes
@@ -33,46 +33,46 @@ Kept = Literal["as-dtype", "int8"]
 WARM_UP = 3  # tokens, which compile what there is to compile
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options(Measured):
-    """Greedy decoding of a network of random weights: GPT-2's smallest shape with Gemma 3's layers."""
+    """Greedy decoding with random weights: the shape of the smallest GPT-2 with the layers of Gemma 3."""
 
-    lengths: tuple[int, ...] = (1024, 4096, 32_768)
-    """Tokens that the text has when the clock starts. The cache is not made of them but filled with random keys, which
-    takes the same time to read."""
-    new_tokens: int = 64
-    """Tokens to decode there."""
+    lengths: tuple[Annotated[int, Field(ge=WARM_UP)], ...] = (1024, 4096, 32_768)
+    """tokens in the cache when timing starts; the cache is filled with random keys instead of being computed, which
+    takes the same time to read"""
+    new_tokens: Annotated[int, Field(ge=WARM_UP)] = 64
+    """tokens to decode from there"""
     variants: tuple[Variant, ...] = ("mha", "gqa", "swa", "gqa+swa", "sliding")
-    """mha: full attention; gqa: with fewer KV heads; swa: five sliding layers to a full one; sliding: all of them."""
+    """mha: full attention; gqa: with fewer KV heads; swa: five sliding layers to one full; sliding: all sliding"""
     peer: tuple[Peer, ...] = ()
-    """transformers: the same network there, with its dynamic cache, whose sliding layers keep their window; or with its
-    static cache, compiled; concat: ours, its cache grown by a torch.cat for each layer and token."""
+    """implementations to compare with. transformers: the same network there with its dynamic cache;
+    transformers-static: with its static cache, compiled; concat: ours, with a cache grown by torch.cat at each token"""
     weights: tuple[Kept, ...] = ("as-dtype",)
-    """int8: matrices in 8 bits. Several are measured one after another."""
+    """int8: 8-bit weight matrices; several values are measured one after another"""
     cache_dtype: tuple[Kept, ...] = ("as-dtype",)
-    """int8: keys and values in 8 bits."""
+    """int8: 8-bit keys and values"""
     run: Path | None = None
-    """A trained run, to say what 8 bits change of its perplexity."""
-    tokens: int = 8192
-    """Tokens of its validation split to say that by."""
-    batch_size: int = 1
-    """Texts."""
-    window: int = 512
-    """Of sliding layers."""
-    n_layer: int = 12
-    """Layers."""
-    n_embd: int = 768
-    """Width."""
-    n_head: int = 24
-    """Query heads."""
-    n_kv_head: int = 8
-    """KV heads of the variants that have fewer."""
-    vocab_size: int = 50_257
-    """Tokens, their embeddings tied to the head."""
+    """a trained run, to measure how 8 bits change its perplexity"""
+    tokens: Count = 8192
+    """tokens of its validation split to measure that on"""
+    batch_size: Count = 1
+    """sequences in a batch"""
+    window: Count = 512
+    """keys visible to a query of a sliding layer"""
+    n_layer: Count = 12
+    """layers"""
+    n_embd: Count = 768
+    """width of the residual stream"""
+    n_head: Count = 24
+    """query heads"""
+    n_kv_head: Count = 8
+    """KV heads of the variants with GQA"""
+    vocab_size: Count = 50_257
+    """vocabulary size; embeddings are tied to the head"""
     compile: Switch = "on"
-    """Whether our layers are compiled; the seconds that takes are not in the speed but beside it."""
+    """compile our layers; compile time is reported as warm-up, apart from the speed"""
     plot: Path | None = None
-    """Draw speed and cache against length here."""
+    """draw speed and cache size against length into this file"""
 
     def config(self, variant: Variant) -> ModelConfig:
         """The network of a variant."""
@@ -116,7 +116,7 @@ class Ours:
         self.cache.length = self.length - 1
 
     def __call__(self, n: int) -> list[Tensor]:
-        return list(islice(stream(self.model, self.cache, self.last, Sampler(temperature=0)), n))
+        return list(islice(stream(self.model, self.cache, self.last, Sampler(SamplingParams(temperature=0))), n))
 
     @property
     def cache_bytes(self) -> int:
@@ -128,10 +128,6 @@ class Ours:
 
 def decode(options: Options) -> None:
     """Time decoding at several lengths of the text."""
-    sizes = dict.fromkeys(
-        ("batch_size", "window", "n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "tokens"), 1
-    )
-    at_least(options, lengths=WARM_UP, new_tokens=WARM_UP, rounds=1, **sizes)
     runtime = resolve(options.device, options.dtype, options.compile)
     rate = memory_rate(runtime)
     print(f"batch {options.batch_size}, window {options.window}, {options.new_tokens} new tokens, {runtime.why}")

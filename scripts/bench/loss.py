@@ -2,36 +2,34 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from cli.program import at_least
+from cli.options import Count, options_class
 from model.device import resolve
 from model.loss import cross_entropy
 from model.memory import measure_peak
 from scripts.bench.timing import Measured, ratio, save, take_turns
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options(Measured):
-    """Hidden states of a batch to the mean loss and the gradients of hidden states and head, which is in float32."""
+    """From the hidden states of a batch to the mean loss and the gradients of hidden states and float32 head."""
 
-    batch_size: int = 8
-    """Sequences."""
-    block_size: int = 1024
-    """Tokens of each."""
-    n_embd: int = 768
-    """Width of the hidden states."""
-    vocab_size: int = 50_304
-    """Rows of the head."""
+    batch_size: Count = 8
+    """sequences in a batch"""
+    block_size: Count = 1024
+    """tokens of each sequence"""
+    n_embd: Count = 768
+    """width of the hidden states"""
+    vocab_size: Count = 50_304
+    """rows of the head"""
 
 
 def loss(options: Options) -> None:
     """Time the loss without the logits against plain cross-entropy and torch's linear_cross_entropy."""
-    at_least(options, batch_size=1, block_size=1, n_embd=1, vocab_size=1, rounds=1)
     runtime = resolve(options.device, options.dtype)
     n, C, V = options.batch_size * options.block_size, options.n_embd, options.vocab_size
     x = torch.randn(n, C, device=runtime.device, requires_grad=True)

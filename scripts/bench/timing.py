@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,23 @@ import numpy as np
 from tqdm import tqdm
 
 from artifacts.checkpoint import write_json
+from cli.options import Count, options_class
 from model.device import DType, Runtime
 from model.errors import UserError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Measured:
-    """What every benchmark is asked."""
+    """Options that all benchmarks share."""
 
     dtype: DType = "auto"
-    """Of the matrix products."""
+    """dtype of matrix products"""
     device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    rounds: int = 3
-    """Rounds of which the median counts."""
+    """auto, cpu, cuda or mps"""
+    rounds: Count = 3
+    """timed rounds; the median is reported"""
     json: Path | None = None
-    """Write the figures here."""
+    """write the results to this JSON file"""
 
 
 def refuse_unfused(kernel: str, what: str) -> None:

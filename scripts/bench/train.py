@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli.program import at_least
+from cli.options import Count, options_class
 from configs.load import load
 from model import cost, cpu
 from model.config import ModelConfig
@@ -27,25 +26,26 @@ from training.optim import Optimizers
 Peer = Literal["transformers", "plain", "full", "sdpa"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options(Measured):
-    """What to train, and beside whom. The text is random, the optimizer AdamW for all."""
+    """Training steps on random tokens, with AdamW for all candidates."""
 
     config: Path = Path("configs/gpt2.toml")
-    """Whose shape."""
-    batch_size: int = 2
-    """Sequences of one step."""
+    """config whose model shape is trained"""
+    batch_size: Count = 2
+    """sequences in a step"""
     block_size: int | None = None
-    """Instead of the config's."""
+    """training context in tokens, instead of the config's"""
     pattern: str | None = None
-    """Instead of the config's."""
+    """kinds of layers, instead of the config's"""
     window: int | None = None
-    """Instead of the config's."""
+    """keys visible to a query of a sliding layer, instead of the config's"""
     peer: tuple[Peer, ...] = ()
-    """transformers: the same shape there, compiled; plain: as simple trainers do on a CPU, float32, eager, the whole
-    logits, windows as masks; full: our own with every layer full; sdpa: the same with torch's fused attention."""
+    """implementations to compare with. transformers: the same shape there, compiled; plain: eager float32 PyTorch with
+    masks for windows and the whole logits tensor; full: ours with full attention in every layer; sdpa: the same
+    with torch's fused attention"""
     compile: Switch = "off"
-    """Whether our layers are compiled."""
+    """compile our layers"""
 
 
 class Candidate:
@@ -76,7 +76,6 @@ class Candidate:
 
 def train(options: Options) -> None:
     """Time training steps."""
-    at_least(options, batch_size=1, rounds=1)
     runtime = resolve(options.device, options.dtype, options.compile)
     given = {key: getattr(options, key) for key in ("block_size", "pattern", "window")}
     overrides: dict[str, Any] = {"model": {key: value for key, value in given.items() if value is not None}}

@@ -5,16 +5,15 @@ to vLLM and GGUF. An imported one is a run, which generate.py takes.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
 
 from artifacts import checkpoint
 from artifacts.run_dir import RunDir
+from cli.options import Command, options_class, run_subcommand
 from cli.program import exit_with_one_line
 from configs.load import build
 from configs.schema import RunConfig
@@ -28,28 +27,28 @@ from scripts.convert.tensors import to_ours, to_theirs
 TUNE = "tune.toml"  # in an imported run
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Export:
     """Write a run as a directory that transformers loads."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run's directory, or one of its checkpoints."""
+    run: tyro.conf.Positional[Path]
+    """a run's directory, or one of its checkpoints"""
     to: Path
-    """The directory to make."""
+    """directory to create"""
     checkpoint: Literal["best", "latest"] = "best"
-    """Which checkpoint of the run."""
+    """which checkpoint of the run"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights in the file."""
+    """dtype of the weights in the file"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Import:
-    """Make a run of a directory that transformers wrote: safetensors and a byte-level BPE tokenizer."""
+    """Make a run out of a directory that transformers wrote: safetensors and a byte-level BPE tokenizer."""
 
-    directory: Annotated[Path, tyro.conf.Positional]
-    """A directory with config.json, model.safetensors or its shards, tokenizer.json."""
+    directory: tyro.conf.Positional[Path]
+    """directory with config.json, model.safetensors or its shards, tokenizer.json"""
     to: Path
-    """The run's directory to make, as runs/imported."""
+    """run directory to create, such as runs/imported"""
 
 
 def export(options: Export) -> None:
@@ -114,10 +113,8 @@ def to_tune(config: RunConfig, run: Path) -> str:
 
 
 def main() -> None:
-    commands: dict[str, Callable[..., None]] = {"export": export, "import": import_}
-    tyro.extras.subcommand_cli_from_dict(
-        commands, prog="python -m scripts.convert", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    commands: dict[str, Command] = {"export": (export, Export), "import": (import_, Import)}
+    run_subcommand(commands, prog="python -m scripts.convert", description=__doc__)
 
 
 if __name__ == "__main__":

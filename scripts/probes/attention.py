@@ -3,7 +3,7 @@
 import statistics
 
 from data.loader import eval_batches
-from inference.attention_mass import attention_to_first
+from inference.attention_mass import attention_mass
 from model.errors import UserError
 from scripts.probes.options import Options
 from scripts.probes.results import Found, column, table
@@ -25,7 +25,7 @@ def to_first(subject: Subject, options: Options) -> Found:
         raise UserError(f"{tokens.name} has {tokens.n_tokens} tokens, less than a context ({context}): give a shorter")
     rows = subject.batch_rows(context)
     batches = eval_batches(tokens, block_size=context, batch_size=rows, max_tokens=max_tokens)
-    mass = attention_to_first(subject.model, (idx.to(subject.runtime.device) for idx, _ in batches), k)
+    mass = attention_mass(subject.model, (idx.to(subject.runtime.device) for idx, _ in batches), k)
     if not mass:
         raise UserError("--attention-to-first: no layer of this model has attention probabilities")
     conditions = {"k": k, "context": options.context, "text": options.text and tokens.name}

@@ -1,71 +1,75 @@
-"""What can be asked of a run."""
+"""Options of scripts.evaluate."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
+from pydantic import Field, field_validator, model_validator
 
-from cli.program import at_least
+from cli.options import Count, Natural, options_class
 from model.device import DType
-from model.errors import UserError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options_class
 class Options:
-    """Evaluate a trained run: loss on any text, by position, far beyond the training length; recall by distance."""
+    """Evaluate a trained run: loss on any text, by position, far beyond the training context; recall by distance."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run's directory, or one of its checkpoints."""
+    run: tyro.conf.Positional[Path]
+    """a run's directory, or one of its checkpoints"""
     by_position: bool = False
-    """Loss by position in the context, into loss_by_position.json."""
+    """loss by position in the context, written to loss_by_position.json"""
     stream: bool = False
-    """Perplexity of one long stream through the rolling cache, against recomputation, into loss_in_stream.json."""
-    extrapolate: int | None = None
-    """Perplexity at block_size, twice that, and so on up to this context, into perplexity_by_context.json; networks
-    with RoPE over all tokens also with it stretched: linear, yarn."""
+    """perplexity of one long stream through the rolling cache, compared with recomputing every window, written to
+    loss_in_stream.json"""
+    extrapolate: Count | None = None
+    """perplexity at contexts of block_size, twice that, and so on up to this many tokens, written to
+    perplexity_by_context.json; with RoPE in all layers also with linear and YaRN scaling"""
     recall: bool = False
-    """How often values are recalled, by distance, into recall_by_distance.json: for runs on data.text = recall."""
-    attention_to_first: int | None = None
-    """Mean attention probability that goes to this many first tokens of a context, by layer."""
+    """accuracy of recall by distance, written to recall_by_distance.json: for runs trained on data.text = recall"""
+    attention_to_first: Count | None = None
+    """mean attention probability on this many first tokens of a context, by layer"""
 
-    context: int | None = None
-    """Tokens in a context; none: block_size."""
-    stride: int | None = None
-    """Tokens from one context's beginning to the next's, which counts only what is new; none: no overlap."""
-    tokens: int | Literal["all"] | None = None
-    """Targets to predict at most; none: as many as training evaluates."""
+    context: Count | None = None
+    """tokens in a context (default: block_size)"""
+    stride: Count | None = None
+    """tokens from the start of one context to the start of the next; only new tokens count (default: no overlap)"""
+    tokens: Count | Literal["all"] | None = None
+    """most tokens to predict (default: as many as training evaluates)"""
     text: str | None = None
-    """Another text than the run's validation split: a name or a path."""
+    """evaluate on another text than the run's validation split: a name or a path"""
 
-    window: int | None = None
-    """With --stream: decode through a window, in every layer; none: as trained."""
-    n_sink: tuple[int, ...] = (0,)
-    """With --window: first tokens that stay visible; several numbers: a stream for each."""
-    length: int | None = None
-    """With --stream: targets to predict; none: the whole text."""
-    samples: int = 512
-    """With --stream: targets, drawn over its length, that are computed again from their last --window tokens alone."""
+    window: Count | None = None
+    """with --stream: decode with this window in every layer (default: as trained)"""
+    n_sink: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
+    """with --window: first tokens that stay visible; one stream for each of several numbers"""
+    length: Count | None = None
+    """with --stream: tokens to predict (default: the whole text)"""
+    samples: Count = 512
+    """with --stream: tokens, spread over the stream, that are also predicted from only their last --window tokens"""
 
     checkpoint: Literal["best", "latest"] = "best"
-    """Which checkpoint of the run; the losses of summary.json are of the latest."""
+    """which checkpoint of the run; the losses in summary.json are those of the latest"""
     plot: bool = False
-    """Draw what has a curve, as PNG beside its JSON."""
+    """draw curves as PNG files next to their JSON"""
     json: bool = False
-    """Print JSON instead of tables."""
+    """print JSON instead of tables"""
     device: str | None = None
-    """auto, cpu, cuda, mps; none: as in training."""
+    """auto, cpu, cuda or mps (default: as in training)"""
     dtype: DType | None = None
-    """Of matrix products; none: as in training."""
+    """dtype of matrix products (default: as in training)"""
 
+    @field_validator("n_sink")
+    @classmethod
+    def _different(cls, n_sink: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(n_sink)) < len(n_sink):
+            raise ValueError("must be different numbers")
+        return n_sink
 
-def check(options: Options) -> None:
-    """UserError for a value out of its range, or one that nothing asked for needs."""
-    at_least(options, attention_to_first=1, extrapolate=1, context=1, stride=1, tokens=1, window=1, length=1, samples=1)
-    if not options.n_sink or min(options.n_sink) < 0 or len(set(options.n_sink)) < len(options.n_sink):
-        raise UserError(f"--n-sink ({' '.join(map(str, options.n_sink))}) must be numbers from 0 on, each once")
-    if options.n_sink != (0,) and options.window is None:
-        raise UserError(f"--n-sink ({' '.join(map(str, options.n_sink))}) means something with --window only: give one")
-    for name in ("window", "length"):
-        if getattr(options, name) is not None and not options.stream:
-            raise UserError(f"--{name} ({getattr(options, name)}) means something with --stream only: give both")
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.n_sink != (0,) and self.window is None:
+            raise ValueError(f"--n-sink ({' '.join(map(str, self.n_sink))}) has an effect only with --window: give one")
+        for name in ("window", "length"):
+            if getattr(self, name) is not None and not self.stream:
+                raise ValueError(f"--{name} ({getattr(self, name)}) has an effect only with --stream: give both")
+        return self

@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 from conftest import random_tokens
-from networks import tiny_config, tiny_model
+from networks import make_sampler, tiny_config, tiny_model
 
 from inference import statistics as module
-from inference.sampling import Sampler, stream
-from inference.statistics import Meter
+from inference.sampling import stream
+from inference.statistics import GenerationStatistics
 from model.attention.mask import attention_mask
 from model.cost import cache_bytes, n_params, read_bytes, step_bytes
 from model.device import resolve
@@ -49,7 +49,7 @@ def test_a_step_reads_every_weight_but_the_embeddings_that_it_looks_up(tied, pos
 
 def test_speeds_are_tokens_that_were_waited_for_over_the_seconds_they_took(clock):
     model, runtime = tiny_model(tiny_config(**SLIDING), dtype=torch.float32), resolve("cpu", "float32")
-    meter = Meter(model, model.new_cache(2, 40), runtime, n_samples=3)
+    meter = GenerationStatistics(model, model.new_cache(2, 40), runtime, n_samples=3)
     meter.begin([5, 7])
     for seconds, n_live in ((0.5, 6), (0.25, 6), (0.25, 4)):
         clock(seconds)
@@ -68,7 +68,7 @@ def test_speeds_are_tokens_that_were_waited_for_over_the_seconds_they_took(clock
 
 def test_turns_add_up_and_the_first_token_is_that_of_the_first_turn(clock):
     model, runtime = tiny_model(tiny_config(), dtype=torch.float32), resolve("cpu", "float32")
-    meter = Meter(model, model.new_cache(1, 40), runtime)
+    meter = GenerationStatistics(model, model.new_cache(1, 40), runtime)
     for past, n in ((0, 4), (6, 8)):
         meter.begin([n], past=past)
         for seconds in (n, 1, 1):
@@ -83,7 +83,7 @@ def test_turns_add_up_and_the_first_token_is_that_of_the_first_turn(clock):
 
 def test_what_was_not_measured_is_not_said():
     model = tiny_model(tiny_config(), dtype=torch.float32)
-    meter = Meter(model, None, resolve("cpu", "float32"))
+    meter = GenerationStatistics(model, None, resolve("cpu", "float32"))
     meter.begin([3])
     meter.end()
     first, second = meter.lines()
@@ -97,6 +97,6 @@ def test_the_bytes_of_the_samples_are_those_of_their_forked_cache(monkeypatch):
     forked = []
     fork = type(cache).fork
     monkeypatch.setattr(type(cache), "fork", lambda self, n: (forked.append(fork(self, n)), forked[-1])[1])
-    next(stream(model, cache, random_tokens(1, 5), Sampler(), n_samples=4))
-    meter = Meter(model, cache, resolve("cpu", "float32"), n_samples=4)
+    next(stream(model, cache, random_tokens(1, 5), make_sampler(), n_samples=4))
+    meter = GenerationStatistics(model, cache, resolve("cpu", "float32"), n_samples=4)
     assert sum(meter.cache_bytes.values()) == forked[0].nbytes
