@@ -31,7 +31,14 @@ from model.gpt import GPT
 from model.memory import PeakMemory
 from training.optim import Optimizers
 
-pytest_plugins = ["studies", "evaluated", "planted", "training_runs", "exported"]  # what only some of the tests share
+pytest_plugins = [
+    "studies",
+    "evaluated",
+    "planted",
+    "training_runs",
+    "exported",
+    "compiled",
+]  # what only some of the tests share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 keep_compiled_code()  # before anything imports torch's compiler, which would settle on a place of its own

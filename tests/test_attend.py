@@ -50,7 +50,7 @@ def sees(q_pos: int, k_pos: int, window: int | None, n_sink: int) -> bool:
 
 
 def attend_by_loops(q, k, v, q_pos, k_pos, spec: AttentionSpec, sink_logit: Tensor | None = None) -> Tensor:
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
     for b in range(q.shape[0]):
         queries, keys = (pos[b if len(pos) > 1 else 0].tolist() for pos in (q_pos, k_pos))
         for h in range(spec.n_head):
