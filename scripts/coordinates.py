@@ -24,7 +24,7 @@ from model.config import ModelConfig
 from model.errors import UserError
 from model.gpt import GPT
 from scripts.bench.timing import exponent
-from scripts.report.figure import legend, new_figure, save_figure
+from scripts.figure import legend, new_figure, save_figure
 from scripts.report.tables import table
 from training.optim import make_optimizers
 

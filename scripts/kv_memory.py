@@ -19,7 +19,7 @@ from configs.load import build, load
 from model import cost
 from model.config import ModelConfig
 from model.errors import UserError
-from scripts.report import new_figure, save_figure
+from scripts.figure import new_figure, save_figure
 
 CONTEXTS = tuple(2**n for n in range(10, 21))  # 1k to 1M tokens
 PRESETS = Path("configs/presets")

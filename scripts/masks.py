@@ -28,7 +28,7 @@ from model.gpt import GPT
 from model.mixers.attention import Attention
 from model.mixers.base import MixerSpec
 from model.mixers.multi_window import MultiWindowSpec
-from scripts.report import save_figure
+from scripts.figure import save_figure
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows of "
 TEXT += "outrageous fortune, or to take arms against a sea of troubles, and by opposing end them."

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.report import known, new_figure, save_figure
+from scripts.figure import known, new_figure, save_figure
 
 
 @pytest.mark.parametrize(

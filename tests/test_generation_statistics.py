@@ -61,7 +61,7 @@ def test_speeds_are_tokens_that_were_waited_for_over_the_seconds_they_took(clock
     rows = 3 * (read_bytes(model.config, 5, 7, torch.float32) + read_bytes(model.config, 7, 9, torch.float32))
     assert meter.bytes_read == weights + rows
     assert decode == f"decode 10 tokens at 20.0 tokens/s, {(weights + rows) / 0.5 / 1e9:.2f} GB/s of weights and cache"
-    swa, full = (6 * spec.cache_bytes(40, 4) for spec in model.config.layers)
+    swa, full = (6 * spec.cache_bytes(40, torch.float32) for spec in model.config.layers)
     assert cache == f"cache {swa + full:,} bytes: swa {swa:,}, full {full:,}"
     assert swa + full == cache_bytes(model.config, 40, batch_size=6, dtype=torch.float32)
 

@@ -17,7 +17,7 @@ from model.device import Runtime, resolve
 from model.errors import UserError
 from model.memory import measure_peak
 from scripts.bench.timing import Measured, exponent, ratio, refuse_unfused, save, take_turns
-from scripts.report import new_figure, save_figure
+from scripts.figure import new_figure, save_figure
 
 
 @options_class

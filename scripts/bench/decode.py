@@ -23,7 +23,7 @@ from model.gpt import GPT
 from model.memory import measure_peak
 from scripts.bench.decode_peers import Concatenated, Transformers
 from scripts.bench.timing import Measured, save
-from scripts.report import new_figure, save_figure
+from scripts.figure import new_figure, save_figure
 
 Variant = Literal["mha", "gqa", "swa", "gqa+swa", "sliding"]
 Peer = Literal["transformers", "transformers-static", "concat"]

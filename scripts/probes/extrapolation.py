@@ -7,11 +7,11 @@ from inference.streaming import same_weights
 from model.attention.rope import Scaling
 from model.errors import UserError
 from model.gpt import GPT
+from scripts.figure import known, new_figure
 from scripts.probes.options import Options
 from scripts.probes.perplexity import read
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
-from scripts.report import known, new_figure
 
 STRETCHES: tuple[Scaling, ...] = ("linear", "yarn")
 

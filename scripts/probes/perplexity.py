@@ -9,10 +9,10 @@ from tqdm import tqdm
 from data.loader import eval_batches, stream_hash
 from model.errors import UserError
 from model.gpt import GPT
+from scripts.figure import new_figure
 from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
-from scripts.report import new_figure
 from training.evaluate import Evaluation, LossByPosition, evaluate
 
 

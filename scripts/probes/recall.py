@@ -10,10 +10,10 @@ from tqdm import tqdm
 from data.recall import CHANCE, PASSKEY, PASSKEY_DIGITS, documents, questions
 from model.config import ModelConfig
 from model.errors import UserError
+from scripts.figure import known, new_figure
 from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
-from scripts.report import known, new_figure
 
 TOKENS = 131_072  # of held-out documents, where nothing says how many
 PROBES = ("recall", "passkey")

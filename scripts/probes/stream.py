@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from inference.streaming import recomputed_losses, streamed_losses, through_window
 from model.errors import UserError
+from scripts.figure import known, new_figure
 from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
-from scripts.report import known, new_figure
 
 PARTS = 32  # of a stream, whose mean losses are drawn
 

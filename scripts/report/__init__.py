@@ -1,5 +1,1 @@
 """What runs came to: tables, intervals over seeds, plots, one page."""
-
-from scripts.report.figure import known as known
-from scripts.report.figure import new_figure as new_figure
-from scripts.report.figure import save_figure as save_figure

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from artifacts.checkpoint import read_json
+from scripts.figure import legend, look, new_figure
 from scripts.report.collect import Collected
-from scripts.report.figure import legend, look, new_figure
 from scripts.report.statistics import of_variant
 
 POSITIONS = "loss_by_position.json"  # in a run's directory: {"position": [...], "loss": [...]}, from 1 on

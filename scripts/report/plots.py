@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from model import cost
+from scripts.figure import legend, look, new_figure
 from scripts.report.collect import Collected
 from scripts.report.curves import plot_context, plot_position, plot_position_difference, plot_recall, plot_sinks
-from scripts.report.figure import legend, look, new_figure
 from scripts.report.statistics import Estimate, difference, of_variant
 
 CONTEXTS = [2**n for n in range(8, 18)]  # 256 to 131 072 tokens

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from artifacts.checkpoint import write_text
+from scripts.figure import save_figure
 from scripts.report.collect import Collected, collect
-from scripts.report.figure import save_figure
 from scripts.report.page import markdown, page
 from scripts.report.plots import PLOTS
 from scripts.report.tables import summary, table
