@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_on = os.environ.get("SASH_CPU", "on") != "off"
+_on = os.environ.get("SASH_CPU", "on").lower() not in ("off", "0", "false")
 
 
 def is_on() -> bool:
