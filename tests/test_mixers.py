@@ -34,10 +34,12 @@ def cases(patterns: Iterable[str], windows: Iterable[int], heads: Iterable[int],
     return unique
 
 
-ALONE = cases(MIXERS, WINDOWS, (6, 2, 1))
+ALONE = cases(MIXERS, WINDOWS, (2,)) | cases(MIXERS, (W,), (6, 1))
 TOGETHER = cases(("swa full", "full swa*2"), (W,), (2,), n_layer=3, rope_base=BASES)
 TOGETHER |= cases(("2:1",), (W,), (2,), n_layer=3, position=ROTATED)
 TOGETHER |= cases(("linear*2 swa full",), (W,), (2,), n_layer=4)
+LOOPED = cases(("swa full",), (W,), (2,), loops=2)
+TOGETHER |= LOOPED
 each_mixer = pytest.mark.parametrize("config", (ALONE | TOGETHER).values())
 some_mixers = pytest.mark.parametrize("config", (cases(MIXERS, (W, 1), (2,), n_layer=3) | TOGETHER).values())
 
