@@ -52,6 +52,8 @@ def load(path: Path, params: ModelParams | None = None, *, n_steps: int = 10**6)
     params = params or ModelParams()
     runtime = resolve(params.device, params.dtype, "off")
     model, tokenizer = RunDir.of(path).load(path, params.checkpoint)
+    if ahead := sorted({spec.kind for spec in model.config.layers if not spec.causal}):
+        raise UserError(f"{', '.join(ahead)} layers are not causal: {path} cannot generate text")
     if params.window is not None:
         in_cache = params.positions == "in-cache"
         model = through_window(model, params.window, params.n_sink, rope_in_cache=in_cache)

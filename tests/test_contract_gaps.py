@@ -5,16 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from attending import attend, kernel_name
-from conftest import assert_contract, assert_equal, logits_in_chunks, needs_amx, random_tokens
+from conftest import assert_contract, assert_equal, logits_in_chunks, needs_amx, random_tokens, save_run
 from networks import tiny_config, tiny_model
 from test_attend import assert_same_with_gradients, attend_by_loops
 from torch import nn
 
+from inference.loading import load
+from inference.params import ModelParams
 from model.attention.dispatch import KERNELS
 from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
 from model.context import AuxiliaryLosses, ForwardContext
 from model.cost import cache_bytes, n_params, train_flops
+from model.errors import UserError
 from model.gpt import GPT
 from model.mixers import MIXERS
 from model.mixers.attention import Attention
@@ -284,6 +287,13 @@ def test_a_mixer_that_is_not_causal_is_marked(word):
     config = tiny_config(pattern="toy full")
     assert config.describe() == "toy(not causal) full"
     assert "toy layers are not causal" in "\n".join(config.notes())
+
+
+def test_a_mixer_that_is_not_causal_cannot_generate(word, tmp_path):
+    word(Ahead)
+    save_run(tmp_path / "run", pattern="toy full")
+    with pytest.raises(UserError, match=r"toy layers are not causal: .*run cannot generate text"):
+        load(tmp_path / "run", ModelParams(device="cpu", compile="off"))
 
 
 def test_patterns_may_group():

@@ -62,7 +62,8 @@ def test_it_comes_back_on_when_the_block_ends_however_it_ends():
             assert not cpu.is_on()
             raise ValueError
 
-    pytest.raises(ValueError, fail)
+    with pytest.raises(ValueError):
+        fail()
     assert cpu.is_on()
 
 
