@@ -4,37 +4,21 @@ import difflib
 import re
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from model.attention.dispatch import Kernel
+from model.attention.rope import Rope, Scaling
+from model.attention.sparse import Sparse
 from model.checks import check_patterns, check_rope, check_tables
 from model.layers import GATED, MLPName, NormName
 from model.mixers import MIXERS
 from model.mixers.attention import AttentionSpec
 from model.mixers.base import MixerSpec
-from model.attention.rope import Rope, Scaling
-from model.attention.sparse import Sparse
+from model.section import Section
 
 Position = Literal["rope", "learned", "alibi", "none"]
-
-
-class Section(BaseModel):
-    """A frozen part of a config: unknown keys are refused, "none" stands for None, which TOML cannot say."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_none(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values  # which is refused, as no section
-        for key, field in cls.model_fields.items():
-            if isinstance(values.get(key), bool) and field.annotation is not bool:
-                raise ValueError(f"{key} ({values[key]}) is no switch")
-        optional = {key for key, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
-        return {key: None if value == "none" and key in optional else value for key, value in values.items()}
 
 
 class ModelConfig(Section):

@@ -32,3 +32,10 @@ class Step:
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]  # type: ignore[return-value]
+
+
+class AuxiliaryLosses:
+    """stub"""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}

@@ -7,17 +7,28 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from model.cpu import processor
 from model.cpu.cpp_build import compiler, keep_compiled_code
-from model.errors import UserError
 from model.cpu.matmul import times
+from model.errors import UserError
 
-DType = Literal["auto", "float32", "bfloat16"]
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def long_dtype(name: str) -> str:
+    """The name that torch uses: bf16 is bfloat16."""
+    return SHORT_DTYPES.get(name, name)
+
+
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"], AfterValidator(long_dtype)
+]  # in a Section always a long name; where no validator runs, `resolve` takes either
 Switch = Literal["auto", "on", "off"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -82,7 +93,7 @@ def _device(asked: str) -> tuple[torch.device, str]:
 
 def _dtype(device: torch.device, asked: DType) -> tuple[torch.dtype, str]:
     if asked != "auto":
-        return getattr(torch, asked), "as asked"
+        return getattr(torch, long_dtype(asked)), "as asked"
     if device.type == "mps":
         return torch.float32, "bfloat16 is slower on mps"
     return (

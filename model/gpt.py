@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from inference import compiled_decode as decode
 from model.cache import Cache, LayerState
 from model.config import ModelConfig
+from model.context import PADDING, Step
+from model.cpu.matmul import Linear, to_product_dtype
 from model.errors import UserError
 from model.layers import MLP, make_norm
 from model.loss import cross_entropy
 from model.mixers import MIXERS
 from model.mixers.base import MixerSpec
-from model.cpu.matmul import Linear, to_product_dtype
-from model.context import PADDING, Step
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recompute = False  # in training: keep each layer's input alone and compute the rest again
+        self.activation_checkpointing = False  # in training: keep each layer's input alone and compute the rest again
         self.fused = False  # in decoding: a token of each row goes through compiled layers
         self.wte = nn.Embedding(config.vocab, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
@@ -81,6 +81,7 @@ class GPT(nn.Module):
         *,
         lengths: Tensor | None = None,
         context: int | Tensor | None = None,
+        auxiliary=None,  # STUB
         reduction: Literal["mean", "none"] = "mean",
         last_only: bool = False,
     ) -> Tensor:
@@ -102,7 +103,7 @@ class GPT(nn.Module):
             for spec in set(self.config.layers):
                 spec.prepare(step, x.device, dtype)
             for i, block in enumerate(self.h):
-                if self.recompute and torch.is_grad_enabled():
+                if self.activation_checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, step, use_reentrant=False)
                 elif step.fused and cache is not None:
                     x = decode.layer(block, x, step, cache.layers[i])

@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.constants import IGNORED
 from model.cpu.cpp_ops import native
 from model.cpu.matmul import times, times_transposed, transposed_times
 
 CHUNK_ELEMENTS = 1 << 27  # logits that exist at a time: with fewer, adding up the head's gradient costs time
 CACHED_ELEMENTS = 1 << 20  # of them, those that a CPU works on at a time between two matrix products
 CACHED_WORDS = 1 << 11  # of the vocabulary, those whose part of the head a CPU multiplies at a time
-IGNORED = -100
 
 
 def cross_entropy(

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-
-from training.optim import Optimizers
-from training.distributed import local
+from torch import Tensor
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -72,16 +69,6 @@ def step_bytes(model: GPT) -> int:
     looked_up = [] if model.config.tie_embeddings else [model.wte.weight]
     looked_up += [] if model.wpe is None else [model.wpe.weight]
     return total_bytes([*model.parameters(), *model.buffers()]) - total_bytes(looked_up)
-
-
-def training_tensors(model: nn.Module, optimizers: Optimizers) -> Iterator[Tensor]:
-    """Parameters, gradients and optimizer state: what this process holds from step to step."""
-    for p in model.parameters():
-        yield local(p)
-        if p.grad is not None:
-            yield local(p.grad)
-    for state in optimizers.state.values():
-        yield from (local(value) for value in state.values() if isinstance(value, Tensor))
 
 
 def device_peak(device: torch.device) -> tuple[str, int | None]:

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from cli.program import at_least, exit_with_one_line
+from artifacts.files import write_json
 from artifacts.run_dir import RunDir
-from artifacts.checkpoint import write_json
+from cli.program import at_least, exit_with_one_line
+from inference.sampling import Sampler, prefill, stream
 from model.device import resolve
 from model.memory import measure_peak
-from inference.sampling import Sampler, prefill, stream
 
 FILE = "measured.json"
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from configs.load import with_options
 from cli.program import exit_with_one_line
+from configs.load import with_options
 from configs.schema import RunConfig
 from data.tokenizer import check_name, make_tokenizer, saved_file
 from model import cost
@@ -48,7 +48,13 @@ def main() -> None:
         print(f"{describe_layers(model.layers)}, without {model.without}: parameters and training are not stated\n")
         print_cache(model)
         return
-    parts = train_peak(model, batch_size, dtype, optimizer=config.optim.optimizer, recompute=config.train.recompute)
+    parts = train_peak(
+        model,
+        batch_size,
+        dtype,
+        optimizer=config.optim.optimizer,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
     shape = f"{batch_size} x {model.block_size} tokens, {str(dtype).removeprefix('torch.')}"
     print(f"{describe_layers(model.layers)}, {cost.n_params(model) / 1e6:.1f} M parameters, {shape}\n")
     print("live at the peak of a training step")

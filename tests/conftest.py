@@ -17,21 +17,21 @@ from networks import SMALL, VOCAB, tiny_model
 from torch import Tensor
 
 import generate
-from configs.load import load
-from cli.program import exit_with_one_line
 from artifacts.run_dir import RunDir
+from cli.program import exit_with_one_line
+from configs.load import load
 from configs.schema import RunConfig
 from data.tokenizer import make_tokenizer
-from model.cpu.cpp_build import keep_compiled_code
 from model.cache import Cache
 from model.config import ModelConfig
 from model.cost import cache_bytes
+from model.cpu.cpp_build import keep_compiled_code
+from model.cpu.cpp_ops import native
 from model.gpt import GPT
 from model.memory import PeakMemory
-from model.cpu.cpp_ops import native
 from training.optim import Optimizers
 
-pytest_plugins = ["studies", "evaluated", "planted", "training", "exported"]  # what only some of the tests share
+pytest_plugins = ["studies", "evaluated", "planted", "training_runs", "exported"]  # what only some of the tests share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 keep_compiled_code()  # before anything imports torch's compiler, which would settle on a place of its own

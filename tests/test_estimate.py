@@ -4,11 +4,12 @@ import pytest
 import torch
 from networks import tiny_config
 
-from training.estimate import train_peak
 from model.gpt import GPT
-from model.memory import measure_peak, training_tensors
-from training.optim import make_optimizers
+from model.memory import measure_peak
 from scripts import memory
+from training.estimate import train_peak
+from training.memory import training_tensors
+from training.optim import make_optimizers
 
 SHAPES = {
     "activations rule": {"n_embd": 96, "block_size": 192, "n_layer": 3, "pattern": "2:1", "window": 20, "n_sink": 2},
@@ -40,16 +41,18 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_estimate_is_within_a_tenth_of_what_is_measured(shape, optimizer, dtype, recompute):
+def test_estimate_is_within_a_tenth_of_what_is_measured(shape, optimizer, dtype, activation_checkpointing):
     config, B = tiny_config(**shape), 5
-    estimated = sum(train_peak(config, B, dtype, optimizer=optimizer, recompute=recompute).values())
+    estimated = sum(
+        train_peak(config, B, dtype, optimizer=optimizer, activation_checkpointing=activation_checkpointing).values()
+    )
     torch.manual_seed(0)
     model = GPT(config)
-    model.recompute = recompute
+    model.activation_checkpointing = activation_checkpointing
     numbers = {"muon_lr": 0.02, "adamw_lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizers = make_optimizers(model, optimizer=optimizer, **numbers)
     idx = torch.zeros(B, config.block_size, dtype=torch.long)
@@ -81,7 +84,7 @@ def test_recomputation_keeps_the_gradients_and_little_else():
     model = GPT(tiny_config(pattern="swa full", window=3)).double()
     idx = torch.randint(31, (2, 9))
     plain = torch.autograd.grad(model(idx, idx), model.parameters())
-    model.recompute = True
+    model.activation_checkpointing = True
     for again, once in zip(torch.autograd.grad(model(idx, idx), model.parameters()), plain, strict=True):
         torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-12)
 

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from configs.load import build, from_command_line, load
 from configs.schema import RunConfig
-from model.config import Section
 from model.errors import UserError
 from model.mixers import MIXERS
+from model.section import Section
 
 WORDS = ", ".join(MIXERS)
 
@@ -183,7 +183,14 @@ def test_chosen_micro_batches_divide_the_batch_and_are_small(rows, block_size):
         ("seed = -1", "seed (-1): input should be greater than or equal to 0"),
         ("seed = 100000000000000000000000000", "seed (100000000000000000000000000)"),
         ("device = 3", "device (3): input should be a valid string"),
-        ('dtype = "float16"', "dtype ('float16'): input should be 'auto', 'float32' or 'bfloat16'"),
+        (
+            'dtype = "float8"',
+            "dtype ('float8'): input should be 'auto', 'float32', 'bfloat16', 'float16', 'fp32', 'bf16'",
+        ),
+        (
+            'dtype = "fp16"',
+            "dtype (float16) is not for training: gradients below its smallest number vanish without loss",
+        ),
         ('name = "two words"', "name ('two words')"),
         ('name = "/absolute"', "name ('/absolute')"),
     ],
@@ -297,7 +304,7 @@ def test_any_unknown_key_is_refused_by_its_name(key, section):
         (["--model.n_lay", "2"], ["--model.n_lay", "--model.n-layer"]),
         (["--model.n_kv_head", "2.5"], ["--model.n-kv-head", "2.5"]),
         (["--train.max_steps", "many"], ["--train.max-steps", "many"]),
-        (["--dtype", "float16"], ["--dtype", "float16", "bfloat16"]),
+        (["--dtype", "float8"], ["--dtype", "float8", "bfloat16"]),
         (["--model.n_layer"], ["--model.n-layer"]),
         (["a.toml", "b.toml"], ["b.toml"]),
     ],

@@ -12,7 +12,8 @@ from torch import nn
 
 import train
 from model import memory
-from model.memory import PeakMemory, device_peak, measure_peak, process_peak_bytes, total_bytes, training_tensors
+from model.memory import PeakMemory, device_peak, measure_peak, process_peak_bytes, total_bytes
+from training.memory import training_tensors
 from training.optim import Optimizers
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import tyro
 from filelock import FileLock
 
-from cli.program import at_least, exit_with_one_line
+from artifacts.files import write_json
 from artifacts.run_dir import RunDir
+from cli.program import at_least, exit_with_one_line
 from data.prepare import prepare
-from artifacts.checkpoint import write_json
 from model.errors import UserError
 from scripts.ablate.plan import plan
 from scripts.ablate.runner import Runner
@@ -63,7 +63,7 @@ def ablate(options: Options) -> int:
     runner = Runner(part, [list(command) for command in study.measure], out, at_a_time=options.jobs)
     stopped_by = runner.run()
     if stopped_by is not None:
-        print("stopped; the same command goes on from there", file=sys.stderr)
+        print("stopped; the same command resumes from there", file=sys.stderr)
         return 128 + stopped_by
     if any(RunDir(cell.path).summary() for cell in every):
         with lock:

@@ -15,11 +15,11 @@ from typing import Any
 from filelock import FileLock
 
 import train
-from configs.load import build
-from cli.program import exit_with_one_line
+from artifacts.files import read_json, write_json
 from artifacts.run_dir import RunDir
+from cli.program import exit_with_one_line
+from configs.load import build
 from configs.schema import RunConfig
-from artifacts.checkpoint import read_json, write_json
 
 FILE = "cell.json"  # in the run's directory: the commands that have measured it
 

@@ -7,11 +7,11 @@ from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from model import cost
 from model.device import Runtime, matmul_rate, resolve
-from training.estimate import train_peak
 from scripts.ablate.runner import last_step
 from scripts.ablate.study import Cell
 from scripts.memory import with_known_vocabulary
 from scripts.report.tables import table
+from training.estimate import train_peak
 
 ASSUMED_MFU = 0.25  # the share of the rate of matrix products that small models reached on a CPU
 BYTES_AND_END = 257  # the most tokens of a char tokenizer, whose text says how many
@@ -66,8 +66,13 @@ def train_and_evaluation_flops(config: RunConfig) -> float:
 
 def step_memory(config: RunConfig, runtime: Runtime) -> int:
     """Bytes live at the peak of a training step."""
-    optimizer, recompute = config.optim.optimizer, config.train.recompute
-    parts = train_peak(config.model, config.micro_rows, runtime.dtype, optimizer=optimizer, recompute=recompute)
+    parts = train_peak(
+        config.model,
+        config.micro_rows,
+        runtime.dtype,
+        optimizer=config.optim.optimizer,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
     return sum(parts.values())
 
 

@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.load import load
 from cli.program import at_least
+from configs.load import load
 from model import cost
 from model.config import ModelConfig
+from model.cpu.matmul import Linear
 from model.device import Runtime, Switch, compile_blocks, matmul_rate, resolve
 from model.gpt import GPT
-from model.memory import measure_peak, training_tensors
-from training.optim import Optimizers
-from model.cpu.matmul import Linear
+from model.memory import measure_peak
 from scripts.bench.peers import transformers_twin
 from scripts.bench.timing import Measured, ratio, refuse_unfused, save, take_turns
 from scripts.memory import with_known_vocabulary
+from training.memory import training_tensors
+from training.optim import Optimizers
 
 Peer = Literal["transformers", "plain", "full", "sdpa"]
 
