@@ -1,33 +1,46 @@
-"""Checkpoints: directories of safetensors and JSON that appear whole or not at all."""
+"""Checkpoints: directories of safetensors and JSON, written atomically and verified when read."""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from artifacts import safetensors_io as tensors
-from artifacts.safetensors_io import CheckpointKind
+from artifacts.files import write_json, write_text
+from artifacts.processes import SINGLE_PROCESS, Processes
+from configs.schema import CheckpointKind
 from model.errors import UserError
-from training.distributed import ALONE, World
-from training.optim import Optimizers
 
 FORMAT = 1
 
 
+class OptimizerState(Protocol):
+    """Tensors that belong to parameters. Satisfied by `training.optim.Optimizers`."""
+
+    @property
+    def state(self) -> Mapping[Tensor, Mapping[str, Tensor]]:
+        """Parameter -> name -> tensor."""
+        ...
+
+    def load(self, p: Tensor, name: str, value: Tensor) -> None:
+        """Restore one of them."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A directory `step_00001000`, verified: every file is there with the bytes that were written."""
+    """A verified directory `step_00001000`: every file is there with the bytes that were written."""
 
     path: Path
-    state: dict  # state.json: step and whatever the caller kept beside it
+    state: dict  # state.json: the step and what the caller saved with it
 
     @property
     def step(self) -> int:
@@ -36,11 +49,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What a checkpoint is to hold: tensors by file, gathered in the first process or, for shards, as they are."""
+    """Tensors to save, by file: gathered in the main process or, in sharded checkpoints, as each process holds them."""
 
     tensors: dict[str, dict[str, Tensor]]
     kind: CheckpointKind
-    world: World
+    processes: Processes
 
     @property
     def nbytes(self) -> int:
@@ -49,40 +62,41 @@ class Content:
 
 def content(
     model: nn.Module,
-    optimizers: Optimizers | None = None,
+    optimizers: OptimizerState | None = None,
     *,
     kind: CheckpointKind = "whole",
-    world: World = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     copy: bool = False,
 ) -> Content:
-    """Of weights and optimizer state; with `copy` what is trained meanwhile does not change it. Called by all."""
+    """Weights and optimizer state, in memory of their own with `copy`. Every process must call it."""
     named = {"model": unique_tensors(model)}
     if optimizers is not None:
         named["optimizer"] = _optimizer_tensors(model, optimizers)
     if kind == "whole":
-        named = {name: tensors.gather(of_file, world, copy=copy) for name, of_file in named.items()}
-    return Content(tensors=named, kind=kind, world=world)
+        named = {name: tensors.gather(of_file, processes, copy=copy) for name, of_file in named.items()}
+    return Content(tensors=named, kind=kind, processes=processes)
 
 
 def write(root: Path, content: Content, *, step: int, state: dict) -> Path:
-    """Make root/step_XXXXXXXX and return its path. It appears by rename; a crash leaves only a *.tmp directory.
+    """Write root/step_XXXXXXXX and return its path. It appears by rename; a crash leaves only a *.tmp directory.
 
-    Shards are written by all processes, which share the file system; what is whole by the first, whenever it likes.
+    A sharded checkpoint is written by all processes at once, to a file system that they share; a whole one by the main
+    process alone.
     """
     final = root / f"step_{step:08d}"
     partial = root / f"{final.name}.tmp"
-    world = content.world if content.kind == "sharded" else ALONE
-    if world.is_first:
+    processes = content.processes if content.kind == "sharded" else SINGLE_PROCESS
+    if processes.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    world.wait()
+    processes.barrier()
     try:
         for name, of_file in content.tensors.items():
             if content.kind == "sharded":
                 tensors.write_shards(partial / name, of_file)
             else:
                 tensors.write(partial / f"{name}.safetensors", of_file)
-        if world.is_first:
+        if processes.is_main:
             files = {str(file.relative_to(partial)): _digest(file) for file in _files(partial)}
             described = {"format": FORMAT, "step": step, **state, "sha256": files}
             write_json(partial / "state.json", described | {"own_sha256": _own_digest(described)})
@@ -94,12 +108,12 @@ def write(root: Path, content: Content, *, step: int, state: dict) -> Path:
     except (OSError, SafetensorError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    world.wait()
+    processes.barrier()
     return final
 
 
 def read(path: Path) -> Checkpoint:
-    """Open a checkpoint directory and verify every file. UserError that names what is wrong with it."""
+    """Open a checkpoint directory and verify every file. UserError names the file that is missing or damaged."""
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -123,18 +137,18 @@ def list_steps(root: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; from the first moment on it is none."""
+    """Delete a checkpoint; without its state.json, which goes first, it is no longer one."""
     (path / "state.json").unlink(missing_ok=True)
     shutil.rmtree(path)
 
 
 def point(root: Path, name: str, target: Path) -> None:
-    """Make root/name, a one-line file, point to a checkpoint beside it."""
+    """Write root/name, a one-line file with the name of a checkpoint beside it."""
     write_text(root / name, target.name + "\n")
 
 
 def pointed(root: Path, name: str) -> Path | None:
-    """Where root/name points; None if it does not exist or points nowhere."""
+    """The checkpoint that root/name points to; None if either does not exist."""
     with contextlib.suppress(OSError, ValueError):
         target = root / (root / name).read_text(encoding="utf-8").strip()
         return target if target.is_dir() else None
@@ -142,7 +156,7 @@ def pointed(root: Path, name: str) -> Path | None:
 
 
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Weights into the model. UserError where names or shapes differ."""
+    """Load the weights. UserError where names or shapes differ."""
     own = unique_tensors(model)
     shapes = tensors.shapes(checkpoint.path, "model")
     for name in sorted(own.keys() | shapes.keys()):
@@ -155,8 +169,8 @@ def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
         own[name].copy_(value)
 
 
-def load_training(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoint) -> None:
-    """Weights and optimizer state, as they were."""
+def load_training(model: nn.Module, optimizers: OptimizerState, checkpoint: Checkpoint) -> None:
+    """Load weights and optimizer state."""
     load_model(model, checkpoint)
     own = dict(model.named_parameters())
     owner = lambda key: own[key.removeprefix("optimizer/").rpartition("/")[0]]
@@ -164,45 +178,13 @@ def load_training(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoi
         optimizers.load(owner(key), key.rpartition("/")[2], value)
 
 
-def read_json(path: Path, *, keys: Iterable[str] = (), advice: str = "") -> dict[str, Any]:
-    """The object in a JSON file. UserError, with advice on what to do, where there is none in it or it lacks a key."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-        if missing := [key for key in keys if key not in content]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        return content
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})" + (f": {advice}" if advice else "")) from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A whole JSON file or none."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A whole file or none: written beside, synced, renamed."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model, without the second name of a tied weight."""
+    """The tensors of a model by name, tied weights once."""
     again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     return {name: x for name, x in model.state_dict().items() if name not in again}
 
 
-def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizers: OptimizerState) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"optimizer/{names[p]}/{slot}": value for p, state in optimizers.state.items() for slot, value in state.items()
@@ -210,7 +192,7 @@ def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Te
 
 
 def check_room(root: Path, n_bytes: int) -> None:
-    """UserError where a checkpoint of so many bytes does not fit."""
+    """UserError if the disk has no room for a checkpoint of so many bytes."""
     free = shutil.disk_usage(root if root.exists() else root.parent).free
     if free < n_bytes:
         raise UserError(
@@ -233,7 +215,7 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """To the disk, where the system can."""
+    """Flush a file or directory to the disk, where the system can."""
     with contextlib.suppress(PermissionError):  # Windows cannot open directories
         handle = os.open(path, os.O_RDONLY)
         try:

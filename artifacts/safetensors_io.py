@@ -1,49 +1,47 @@
-"""Named tensors in files: whole, or a part from each process; any number of processes reads both."""
+"""Safetensors files, and folders of shards written by several processes; any number of processes reads both."""
 
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from artifacts.processes import Processes
+from artifacts.sharding import like, whole
 from model.errors import UserError
-from training.distributed import World, like, whole
-
-CheckpointKind = Literal["whole", "sharded"]
 
 
-def gather(tensors: dict[str, Tensor], world: World, *, copy: bool) -> dict[str, Tensor]:
-    """They, whole and in the CPU's memory, in the first process; the others help and get none."""
+def gather(tensors: dict[str, Tensor], processes: Processes, *, copy: bool) -> dict[str, Tensor]:
+    """The full tensors in CPU memory, in the main process; every process must call it, the others get none."""
     gathered = {}
     for key, x in tensors.items():
         full = whole(x).detach()
-        if world.is_first:
+        if processes.is_main:
             gathered[key] = full.to("cpu", copy=copy and full.is_cpu).contiguous()
     return gathered
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file. OSError where there is no room."""
+    """Write a safetensors file. OSError if the disk is full."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        if match := re.search(r"^(?:.*: )?(.+) \(os error (\d+)\)$", str(error)):  # safetensors hides the number
+        if match := re.search(r"^(?:.*: )?(.+) \(os error (\d+)\)$", str(error)):  # safetensors hides errno
             raise OSError(int(match[2]), match[1], str(path.parent)) from None
         raise
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """A folder into which each process writes its part. OSError where there is no room."""
+    """Write a folder to which each process adds its shards. OSError if the disk is full."""
     import torch.distributed.checkpoint as dcp
 
     try:
-        with _by_itself():
+        with _without_group_warning():
             dcp.save({key: x.detach() for key, x in tensors.items()}, checkpoint_id=folder)
     except dcp.CheckpointException as error:
         for cause, _ in error.failures.values():
@@ -53,7 +51,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
-    """Of every tensor written under this name."""
+    """Shape of every tensor saved under this name."""
     if (folder / name).is_dir():
         from torch.distributed.checkpoint import FileSystemReader
 
@@ -65,7 +63,7 @@ def shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def read(folder: Path, name: str, owner: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Every tensor, where its owner, a parameter, is, and sharded as that is."""
+    """Every tensor saved under this name, on the device of its owner, a parameter, and sharded like it."""
     if not (folder / name).is_dir():
         path = folder / f"{name}.safetensors"
         with _readable(path):
@@ -76,14 +74,14 @@ def read(folder: Path, name: str, owner: Callable[[str], Tensor]) -> dict[str, T
         key: torch.empty_like(p) if (p := owner(key)).shape == shape else torch.empty(shape, device=p.device)
         for key, shape in shapes(folder, name).items()
     }
-    with _by_itself():
+    with _without_group_warning():
         dcp.load(tensors, checkpoint_id=folder / name)
     return tensors
 
 
 @contextmanager
-def _by_itself() -> Iterator[None]:
-    """A process without others is warned of that."""
+def _without_group_warning() -> Iterator[None]:
+    """Silence the warning that no process group exists."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

@@ -1,6 +1,7 @@
-"""From a TOML file and a command line to a RunConfig: merged as dictionaries, validated once."""
+"""From a TOML file and the command line to a RunConfig: merged as dictionaries, then validated once."""
 
 import difflib
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from configs.schema import RunConfig
 from model.errors import UserError
-from model.section import Section
+from model.section import Section, former_names, section_of
 
 T = TypeVar("T")
 
@@ -24,24 +25,26 @@ def from_command_line(argv: Sequence[str] | None, prog: str, description: str) -
 def with_options(
     argv: Sequence[str] | None, prog: str, description: str, options: dict[str, Any]
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """As from_command_line, for a program with options of its own: name -> type, and what was given of them."""
+    """Like from_command_line, for a program with more options (name -> type); also returns their values."""
     file = tyro.conf.arg(help="a config; without one, the defaults", help_behavior_hint="")
     fields = {"file": Annotated[Path | None, tyro.conf.Positional, file], **options, **_options(RunConfig)}
     line: Any = _typed_dict("CommandLine", fields)
-    given: dict[str, Any] = tyro.cli(line, args=argv, prog=prog, description=description)
+    given: dict[str, Any] = tyro.cli(
+        line, args=_with_current_options(argv, RunConfig), prog=prog, description=description
+    )
     own = {name: given.pop(name) for name in options if name in given}
     return load(given.pop("file", None), given), own
 
 
 def load(file: Path | None, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """The config of a file with overrides on top. UserError names the file or the option, the key and the value."""
-    overrides = overrides or {}
-    content = {} if file is None else {"name": file.stem} | read_toml(file)
+    """The config of a file with overrides on top. UserError names the file, the key and the value."""
+    overrides = RunConfig.with_current_names(overrides or {})
+    content = {} if file is None else {"name": file.stem} | RunConfig.with_current_names(read_toml(file))
     return build(RunConfig, merge(content, overrides), source=_source(file, overrides))
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """What a file says. UserError where there is none, with the nearest name, or where it is no TOML."""
+    """The content of a TOML file. UserError if it is missing, with the nearest name, or not TOML."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -52,7 +55,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def build(schema: type[T], values: dict[str, Any], *, source: Callable[[tuple], str] = lambda key: "") -> T:
-    """schema(**values), with the first thing wrong as one line; `source` says where a key was written."""
+    """schema(**values). UserError describes the first error on one line; `source` gives the origin of a key."""
     try:
         return schema(**values)
     except ValidationError as error:
@@ -63,22 +66,21 @@ def build(schema: type[T], values: dict[str, Any], *, source: Callable[[tuple], 
 
 
 def _known(schema: type, loc: tuple) -> tuple[str, ...]:
-    """The keys of an error's place: behind the first value or unknown key come pydantic's own words."""
+    """The keys in the location of an error, without pydantic's own words after the first value or unknown key."""
     key: list[str] = []
-    at: Any = schema
+    section = schema if issubclass(schema, Section) else None
     for part in loc:
-        if not (isinstance(at, type) and issubclass(at, Section)):
+        if section is None:
             break
         key.append(str(part))
-        field = at.model_fields.get(str(part))
-        at = field.annotation if field else None
+        section = section_of(section, str(part))
     return tuple(key)
 
 
 def _explain(schema: type, key: tuple[str, ...], error: Any) -> str:
     name = ".".join(key)
     if error["type"] == "extra_forbidden":
-        known = list(_section(schema, key[:-1]).model_fields)
+        known = list(_section_at(schema, key[:-1]).model_fields)
         near = difflib.get_close_matches(key[-1], known, n=1)
         return f"{name} is unknown; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
     if error["type"] == "missing" and len(error["loc"]) == len(key):  # the key, not a part of its value
@@ -92,14 +94,16 @@ def _explain(schema: type, key: tuple[str, ...], error: Any) -> str:
     return f"{name} ({value!r}): {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _section(schema: type, key: tuple[str, ...]) -> type[Section]:
+def _section_at(schema: type, key: tuple[str, ...]) -> type[Section]:
     for part in key:
-        schema = schema.model_fields[part].annotation  # type: ignore[attr-defined]
+        nested = section_of(schema, part)
+        assert nested is not None, f"{part} is no section of {schema}"
+        schema = nested
     return schema
 
 
 def _source(file: Path | None, overrides: dict[str, Any]) -> Callable[[tuple], str]:
-    """Where a key was written: on the command line if it is among the overrides, else in the file."""
+    """The origin of a key: the command line if it is among the overrides, else the file."""
 
     def source(key: tuple[str, ...]) -> str:
         at: Any = overrides
@@ -112,7 +116,7 @@ def _source(file: Path | None, overrides: dict[str, Any]) -> Callable[[tuple], s
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, with `above` on top of `below` in every section; an empty section says nothing."""
+    """The values of `below`, replaced by those of `above` key by key in every section; empty sections are ignored."""
     merged = dict(below)
     for key, value in above.items():
         if value == {} and key in merged:
@@ -122,14 +126,27 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _with_current_options(argv: Sequence[str] | None, schema: type[Section]) -> list[str]:
+    """The command line with former names of options replaced, `--section.no-key` and `--section.key=value` too."""
+    current = {}
+    for (*path, old), new in former_names(schema):
+        for no in ("", "no_"):
+            current["--" + ".".join((*path, no + old))] = "--" + ".".join((*path, no + new))
+    line = []
+    for argument in sys.argv[1:] if argv is None else argv:
+        option, equals, value = argument.partition("=")
+        line.append(current.get("--" + option[2:].replace("-", "_"), option) + equals + value)
+    return line
+
+
 def _options(schema: type[Section]) -> dict[str, Any]:
-    """The schema as optional command-line arguments: what is not given is absent, so a file's value stands."""
+    """The schema as optional command-line arguments; absent ones leave the value of the file unchanged."""
     options: dict[str, Any] = {}
     for key, field in schema.model_fields.items():
-        kind: Any = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            options[key] = _typed_dict(key, _options(kind))
+        if nested := section_of(schema, key):
+            options[key] = _typed_dict(key, _options(nested))
             continue
+        kind: Any = field.annotation
         if type(None) in get_args(kind):
             kind = Union[(Literal["none"], *(t for t in get_args(kind) if t is not type(None)))]
         default = "none" if field.default is None else field.default

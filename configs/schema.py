@@ -1,73 +1,76 @@
-"""RunConfig: all that a run is, with every default; TOML files and the command line say only what differs."""
+"""RunConfig: every setting of a run, with its default; TOML files and the command line give only what differs."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from artifacts.safetensors_io import CheckpointKind
-from model.config import ModelConfig, Section
+from configs.experiment import experiment
+from model.config import ModelConfig
 from model.device import DType, Switch
 from model.errors import UserError
-from training.distributed import Parallel
-from training.optim import OptimizerName, Schedule
+from model.section import Section
 
-KEPT_AND_SHOWN: dict[str, Any] = {
-    "name": True,
-    "out_dir": True,
-    "log": True,
-    "data": {"dir"},
-    "train": {"keep_checkpoints"},
-}
+OptimizerName = Literal["muon", "adamw"]
+Schedule = Literal["cosine", "trapezoid", "constant"]
+Parallel = Literal["auto", "ddp", "fsdp"]
+CheckpointKind = Literal["whole", "sharded"]
 
 
 class DataConfig(Section):
-    """Which text, cut into which tokens."""
+    """The text and its tokenizer."""
 
     text: str = Field(
         "pydocs",
         min_length=1,
-        description="a named text (pydocs, shakespeare, recall, wikitext103, tinystories, fineweb-edu) or a path",
+        description="training text: pydocs, shakespeare, recall, wikitext103, tinystories, fineweb-edu, or the path of "
+        "a file or folder",
     )
     tokenizer: str = Field(
         "bpe-4096",
-        description="byte, char, gpt2, cl100k_base, o200k_base, bpe-N learned from the text, or a run's by its path: "
-        "runs/imported",
+        description="byte, char, gpt2, cl100k_base, o200k_base, bpe-N (N tokens, learned from the text), or the path "
+        "of a run whose tokenizer to use",
     )
-    dir: Path = Field(Path("data/prepared"), description="where prepared tokens are kept")
+    dir: Path = Field(Path("data/prepared"), description="folder of the prepared token files")
 
 
 class OptimConfig(Section):
-    """Muon or AdamW, and the learning rate over time."""
+    """The optimizers and the learning rate schedule."""
 
-    optimizer: OptimizerName = Field("muon", description="of the matrices in the layers; AdamW has the rest")
+    optimizer: OptimizerName = Field(
+        "muon", description="muon: Muon for the matrices inside layers, AdamW for the rest; adamw: AdamW for all"
+    )
     muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon")
     adamw_lr: float | None = Field(
-        None, gt=0, description="peak learning rate of AdamW; none: 5e-3 beside Muon, 1e-3 alone"
+        None, gt=0, description="peak learning rate of AdamW; none: 5e-3 with Muon, 1e-3 without"
     )
     base_width: int | None = Field(
         None,
         ge=1,
-        description="AdamW alone: the n_embd that adamw_lr is for, the layers' matrices get adamw_lr * base_width / "
-        "n_embd; none: all get adamw_lr",
+        description="width (n_embd) that adamw_lr was tuned for: matrices inside layers then use "
+        "adamw_lr * base_width / n_embd; only with optimizer adamw; none: no scaling",
     )
     schedule: Schedule = Field(
-        "trapezoid", description="after warm-up: cosine, trapezoid (flat, then linear decay), constant"
+        "trapezoid", description="learning rate after warm-up: cosine, trapezoid (flat, then linear decay), constant"
     )
-    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(50, ge=0, description="steps of linear learning rate warm-up")
     decay_fraction: float = Field(
-        0.4, gt=0, le=1, description="of all steps, the last ones in which a trapezoid decays"
+        0.4, gt=0, le=1, description="fraction of max_steps at the end in which the trapezoid decays"
     )
-    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two averages")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; beside Muon not on embeddings")
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the last step, as a fraction of the peak")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="AdamW's decay rates of the running mean and variance of the gradient"
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled weight decay of matrices; with Muon, embeddings are not decayed"
+    )
+    grad_clip: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.base_width is not None and self.optimizer == "muon":
             raise ValueError(
-                f"base_width ({self.base_width}) is for AdamW alone, Muon's rate serves every width: leave it out"
+                f"base_width ({self.base_width}) is for optimizer adamw; Muon's rate needs no scaling: leave it out"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas ({self.betas}) must each be at least 0 and below 1")
@@ -75,85 +78,101 @@ class OptimConfig(Section):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What `training.optim.make_optimizers` takes."""
+        """Arguments of `training.optim.make_optimizers`."""
         adamw_lr = self.adamw_lr or (5e-3 if self.optimizer == "muon" else 1e-3)
         shared = self.model_dump(include={"optimizer", "muon_lr", "base_width", "betas", "weight_decay"})
         return shared | {"adamw_lr": adamw_lr}
 
     @property
     def schedule_numbers(self) -> dict[str, Any]:
-        """What `training.optim.lr_factor` takes beside the step."""
+        """Arguments of `training.optim.lr_factor` other than the step."""
         return self.model_dump(include={"schedule", "warmup_steps", "decay_fraction", "final_lr"})
 
 
 class TrainConfig(Section):
-    """How long, in what batches, and how often to look."""
+    """Length, batches, evaluation and checkpoints."""
 
-    max_steps: int = Field(1000, ge=1, description="optimizer steps")
-    global_batch_tokens: int = Field(8192, ge=1, description="tokens of one optimizer step, whatever the hardware")
+    renamed: ClassVar[dict[str, str]] = {"recompute": "activation_checkpointing"}
+
+    max_steps: int = Field(1000, ge=1, description="number of optimizer steps")
+    global_batch_tokens: int = Field(
+        8192, ge=1, description="tokens per optimizer step, over all micro-batches and processes"
+    )
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="rows of one forward pass; none: chosen, on cuda by its memory, elsewhere at most 16384 tokens",
+        description="rows per forward pass; none: on cuda as many as fit into memory, elsewhere at most 16384 tokens",
     )
     parallel: Parallel = Field(
         "auto",
-        description="with several processes (torchrun): ddp, a copy in each; fsdp, a shard; auto: fsdp where copies "
-        "would fill the device",
+        description="with several processes (torchrun): ddp, a full replica in each; fsdp, a shard in each; auto: ddp "
+        "unless replicas would fill the device",
     )
     checkpoint: CheckpointKind = Field(
-        "whole", description="whole: one file; sharded: each process writes its part; any number of them reads both"
+        "whole",
+        description="whole: single files; sharded: one file per process; any number of processes can resume from both",
     )
-    recompute: bool = Field(False, description="keep each layer's input alone and compute the rest again: less memory")
-    eval_every: int = Field(250, ge=1, description="steps between evaluations; there is always one at the end")
+    activation_checkpointing: bool = Field(
+        False, description="store only each layer's input and recompute the rest in the backward pass: saves memory"
+    )
+    eval_every: int = Field(250, ge=1, description="steps between evaluations; the last step is always evaluated")
     eval_tokens: int | None = Field(
-        131_072, ge=1, description="tokens of the fixed evaluation stream; none: the whole split"
+        131_072, ge=1, description="tokens of the validation split to evaluate, always the same; none: all of them"
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics")
-    checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints; there is always one at the end")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay, beside the best")
+    checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep beside the best")
     patience: int | None = Field(
-        None, ge=1, description="evaluations in a row without a better one after which the run ends; none: never"
+        None, ge=1, description="end the run after this many evaluations without improvement; none: never"
     )
     spike_sigma: float | None = Field(
         10.0,
         gt=0,
-        description="skip a step whose loss or gradient norm is this many standard deviations above its running mean; "
-        "none: only what is not finite",
+        description="skip steps whose loss or gradient norm is this many standard deviations above its running mean; "
+        "none: skip only values that are not finite",
     )
-    max_skipped: int = Field(5, ge=0, description="skipped steps in a row that are borne; one more stops the run")
+    max_skipped: int = Field(5, ge=0, description="most consecutive skipped steps; one more aborts the run")
 
 
 class LogConfig(Section):
-    """Where metrics go beside metrics.jsonl."""
+    """Progress bar and wandb; metrics.jsonl is always written."""
 
     wandb: bool = Field(False, description="mirror the metrics to wandb; offline unless a key is configured")
-    wandb_project: str = Field("sash", description="wandb's project")
-    progress: bool = Field(True, description="progress bar")
+    wandb_project: str = Field("sash", description="name of the wandb project")
+    progress: bool = Field(True, description="show a progress bar on a terminal")
 
 
 class RunConfig(Section):
-    """A run: what `train.run` takes and `config.json` keeps."""
+    """A run: the argument of `train.run`, and the content of config.json."""
 
-    name: str = Field("run", pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$", description="directory of the run below out_dir")
-    out_dir: Path = Field(Path("runs"), description="where runs are kept")
-    seed: int = Field(1337, ge=0, lt=2**63, description="of the initial weights, the order of the data and dropout")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    dtype: DType = Field(
-        "auto", description="of matrix products; auto: bfloat16 where the hardware multiplies it natively"
+    name: str = Field(
+        "run", pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$", description="name of the run, and of its directory in out_dir"
     )
-    compile: Switch = Field("auto", description="torch.compile; auto: where it pays for itself")
+    out_dir: Path = Field(Path("runs"), description="directory of all runs")
+    seed: int = Field(1337, ge=0, lt=2**63, description="random seed of initial weights, data order and dropout")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:1 or mps; auto: the first of cuda, mps, cpu that is there"
+    )
+    dtype: DType = Field(
+        "auto", description="dtype of matrix products; auto: bfloat16 where the hardware supports it, else float32"
+    )
+    compile: Switch = Field("auto", description="use torch.compile; auto: if it saves more time than compiling takes")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
     init_from: Path | None = Field(
-        None, description="a run's directory, or one of its checkpoints, with whose weights to begin"
+        None, description="run directory or checkpoint whose weights to start from; none: random weights"
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.dtype == "float16":
+            raise ValueError(
+                "dtype (float16) is not for training: gradients below its smallest number vanish without loss scaling, "
+                "which Sash does not have; take bfloat16 or float32"
+            )
         tokens, block = self.train.global_batch_tokens, self.model.block_size
         if tokens % block:
             raise ValueError(f"train.global_batch_tokens ({tokens}) must be a multiple of model.block_size ({block})")
@@ -170,21 +189,21 @@ class RunConfig(Section):
         return self.out_dir / self.name
 
     def experiment(self) -> dict[str, Any]:
-        """All of it as JSON, but where it is kept and shown: runs of equal ones are the same experiment."""
-        return self.model_dump(mode="json", exclude=KEPT_AND_SHOWN)
+        """The identity of the run as JSON values, without paths and display: the same for the same experiment."""
+        return experiment(self)
 
     @property
     def global_rows(self) -> int:
-        """Sequences of one optimizer step."""
+        """Sequences per optimizer step."""
         return self.train.global_batch_tokens // self.model.block_size
 
     @property
     def micro_rows(self) -> int:
-        """Sequences of one forward pass of one process by itself: a divisor of global_rows."""
+        """Sequences per forward pass of a single process; divides global_rows."""
         return self.rows_at_once()
 
     def rows_at_once(self, *, n_processes: int = 1, at_most: int | None = None) -> int:
-        """Sequences of one forward pass: of each process's share a divisor, `at_most` or what a CPU does well with."""
+        """Sequences per forward pass: a divisor of a process's rows, `at_most` so many or what suits a CPU."""
         rows, unshared = divmod(self.global_rows, n_processes)
         if unshared or rows == 0:
             raise UserError(

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.constants import IGNORED
 from model.errors import UserError
 
 Item = TypeVar("Item")
 Placed = TypeVar("Placed")
 
-IGNORED = -100  # the target that cross-entropy leaves out
 _HASH_CHUNK = 1 << 20  # tokens
 
 
@@ -143,8 +143,10 @@ class TrainLoader:
         return self._orders[epoch]
 
 
-def ahead(items: Iterator[Item], place: Callable[[Item], Placed], *, in_thread: bool) -> Generator[Placed, None, None]:
-    """Yield place(item) of each; in_thread, the next one is made while the caller works on this one."""
+def prefetch(
+    items: Iterator[Item], place: Callable[[Item], Placed], *, in_thread: bool
+) -> Generator[Placed, None, None]:
+    """Yield place(item) for each item; in_thread, the next one is prepared while the caller works on this one."""
     if not in_thread:
         yield from map(place, items)
         return

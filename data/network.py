@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from data.storage import write_atomically
+from data.atomic import write_atomically
 from model.errors import UserError
 
 TIMEOUT_S = 5

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.atomic import write_atomically
 from data.catalog import open_text
 from data.prepared import META, SPLITS, TOKENIZER, Meta, Prepared, SplitMeta, meta_json, open_prepared
-from data.storage import write_atomically
 from data.text import Piece, Text
 from data.tokenizer import Tokenizer, check_name, make_tokenizer, saved_file
 from model.errors import UserError

@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 import tiktoken
 
+from data.atomic import write_atomically
 from data.bpe import PATTERN, learn_ranks
 from data.network import reachable
-from data.storage import write_atomically
 from data.text import encodable
 from model.errors import UserError
 

@@ -1,3 +1,3 @@
-"""Numbers that several rooms must agree on."""
+"""Constants that data and network share; importing them needs no torch."""
 
-IGNORED = -100  # the target that cross-entropy leaves out, as torch has it
+IGNORED = -100  # the target that cross-entropy ignores

@@ -4,15 +4,26 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from model import cpu
 from model.errors import UserError
 
-DType = Literal["auto", "float32", "bfloat16"]
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def long_dtype(name: str) -> str:
+    """The name that torch uses: bf16 is bfloat16."""
+    return SHORT_DTYPES.get(name, name)
+
+
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"], AfterValidator(long_dtype)
+]  # in a Section always a long name; where no validator runs, `resolve` takes either
 Switch = Literal["auto", "on", "off"]
 
 COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs 10 s and saves 2 to 12 % of narrow layers: below, it does not pay
@@ -76,7 +87,7 @@ def _device(asked: str) -> tuple[torch.device, str]:
 
 def _dtype(device: torch.device, asked: DType) -> tuple[torch.dtype, str]:
     if asked != "auto":
-        return getattr(torch, asked), "as asked"
+        return getattr(torch, long_dtype(asked)), "as asked"
     if device.type == "mps":
         return torch.float32, "bfloat16 is slower on mps"
     return (

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.storage import write_atomically
+from data.atomic import write_atomically
 
 MARKERS = "osD^vP*X"
 

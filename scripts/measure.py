@@ -9,7 +9,7 @@ import torch
 import tyro
 from pydantic import Field
 
-from artifacts.checkpoint import write_json
+from artifacts.files import write_json
 from artifacts.run_dir import RunDir
 from cli.options import Count, options_class, parse
 from cli.program import exit_with_one_line

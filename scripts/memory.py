@@ -51,7 +51,13 @@ def main() -> None:
         print(f"{model.describe()}, omits {model.omits}: parameters and training are not reported\n")
         print_cache(model)
         return
-    parts = train_peak(model, batch_size, dtype, optimizer=config.optim.optimizer, recompute=config.train.recompute)
+    parts = train_peak(
+        model,
+        batch_size,
+        dtype,
+        optimizer=config.optim.optimizer,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
     shape = f"{batch_size} x {model.block_size} tokens, {str(dtype).removeprefix('torch.')}"
     print(f"{model.describe()}, {cost.n_params(model) / 1e6:.1f} M parameters, {shape}\n")
     print("live at the peak of a training step")

@@ -14,7 +14,7 @@ from networks import tiny_config, tiny_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artifacts import checkpoint
+from artifacts import checkpoint, files
 from artifacts import safetensors_io as tensors
 from model.config import ModelConfig
 from model.errors import UserError
@@ -235,13 +235,13 @@ def test_a_checkpoint_that_is_being_removed_is_none(tmp_path, monkeypatch, saved
 
 
 def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    checkpoint.write_text(tmp_path / "a", "old")
+    files.write_text(tmp_path / "a", "old")
     with monkeypatch.context() as patch:
         fail_at(patch, "os.fsync", 1, FULL)
         with pytest.raises(OSError, match="No space"):
-            checkpoint.write_text(tmp_path / "a", "new")
+            files.write_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
-    checkpoint.write_text(tmp_path / "a", "new é")
+    files.write_text(tmp_path / "a", "new é")
     assert (tmp_path / "a").read_text(encoding="utf-8") == "new é"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 

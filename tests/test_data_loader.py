@@ -6,7 +6,8 @@ import psutil
 import pytest
 import torch
 
-from data.loader import IGNORED, Tokens, TrainLoader, ahead, eval_batches, stream_hash
+from data.loader import Tokens, TrainLoader, eval_batches, prefetch, stream_hash
+from model.constants import IGNORED
 from model.errors import UserError
 
 
@@ -154,8 +155,8 @@ def test_ids_beyond_two_bytes_are_read_whole(tmp_path):
 
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_items_made_ahead_come_in_order_and_an_error_reaches_the_caller(in_thread):
-    assert list(ahead(iter(range(7)), str, in_thread=in_thread)) == [*"0123456"]
-    coming = ahead(iter([4, 2, 0, 1]), lambda x: 8 // x, in_thread=in_thread)
+    assert list(prefetch(iter(range(7)), str, in_thread=in_thread)) == [*"0123456"]
+    coming = prefetch(iter([4, 2, 0, 1]), lambda x: 8 // x, in_thread=in_thread)
     assert (next(coming), next(coming)) == (2, 4)
     with pytest.raises(ZeroDivisionError):
         next(coming)
@@ -163,7 +164,7 @@ def test_items_made_ahead_come_in_order_and_an_error_reaches_the_caller(in_threa
 
 def test_ahead_makes_the_next_item_while_the_caller_works():
     made = threading.Event()
-    coming = ahead(iter([False, True]), lambda last: made.set() if last else None, in_thread=True)
+    coming = prefetch(iter([False, True]), lambda last: made.set() if last else None, in_thread=True)
     next(coming)
     assert made.wait(timeout=10)
 

@@ -41,16 +41,18 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_estimate_is_within_a_tenth_of_what_is_measured(shape, optimizer, dtype, recompute):
+def test_estimate_is_within_a_tenth_of_what_is_measured(shape, optimizer, dtype, activation_checkpointing):
     config, B = tiny_config(**shape), 5
-    estimated = sum(train_peak(config, B, dtype, optimizer=optimizer, recompute=recompute).values())
+    estimated = sum(
+        train_peak(config, B, dtype, optimizer=optimizer, activation_checkpointing=activation_checkpointing).values()
+    )
     torch.manual_seed(0)
     model = GPT(config)
-    model.activation_checkpointing = recompute
+    model.activation_checkpointing = activation_checkpointing
     numbers = {"muon_lr": 0.02, "adamw_lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizers = make_optimizers(model, optimizer=optimizer, **numbers)
     idx = torch.zeros(B, config.block_size, dtype=torch.long)

@@ -95,7 +95,7 @@ def test_torchrun_goes_on_from_the_last_checkpoint_when_a_process_was_killed(tmp
         ended = end_of(process)
         assert not other.is_running()
     assert ended.code == 0, ended.err
-    assert "going on from step" in ended.out
+    assert "resuming from step" in ended.out
     assert_went_on(run, whole)
 
 
@@ -123,7 +123,7 @@ def test_a_stopped_torchrun_saves_and_one_process_goes_on_from_there(tmp_path, t
     assert ended.code != 0
     step = run.latest().step
     assert 20 <= step < STEPS
-    assert f"stopped at step {step}; the same command goes on from there\n" in ended.err
+    assert f"stopped at step {step}; the same command resumes from there\n" in ended.err
     assert run.metrics()[-1]["step"] == step
     train.run(run_config(tmp_path, text, **RUN))
     assert_went_on(run, whole)

@@ -68,7 +68,7 @@ def test_other_shapes_are_refused_by_the_first_that_differs(tmp_path, text, firs
 
 
 def test_another_vocabulary_is_refused(tmp_path, text, first, program):
-    said = "knows the 257 tokens of byte, and this text is cut into others"
+    said = "was trained on the 257 tokens of byte, but this text uses the 56 of char"
     refused(program, tmp_path, text, first.path, f"init_from ({first.path}) {said}", data={"tokenizer": "char"})
 
 

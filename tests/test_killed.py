@@ -56,7 +56,7 @@ def test_a_killed_process_and_its_repetition_equal_one_that_was_not_killed(tmp_p
     assert RunDir(tmp_path / "run").summary() is None
     repeated = run_program("train.py", *command_line(tmp_path, text, **LONG))
     assert repeated.code == 0, repeated
-    assert "going on from step" in repeated.out
+    assert "resuming from step" in repeated.out
     assert_same(tmp_path / "run", long_whole)
 
 
@@ -81,7 +81,7 @@ def test_a_stopped_process_says_how_to_go_on_and_does(tmp_path, text, long_whole
     ended = signalled(tmp_path, text, number, 50)
     assert ended.code == code
     latest = RunDir(tmp_path / "run").latest().step
-    assert ended.err == f"stopped at step {latest}; the same command goes on from there\n"
+    assert ended.err == f"stopped at step {latest}; the same command resumes from there\n"
     assert 50 <= latest < 110
     train.run(run_config(tmp_path, text, **LONG))
     assert_same(tmp_path / "run", long_whole)

@@ -8,23 +8,23 @@ import torch
 from conftest import random_tokens
 from networks import tiny_config, tiny_model
 
-from training.loss_spikes import LEAST_SPREAD, WARM_UP, WEIGHT, StepGuard
+from training.loss_spikes import LEAST_SPREAD, WARM_UP, WEIGHT, SpikeGuard
 from training.optim import Optimizers, make_optimizers
 
 CPU = torch.device("cpu")
 NUMBERS = {"muon_lr": 0.02, "adamw_lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-def make_guard(*, sigma: float | None = 6.0, limit: int = 5) -> StepGuard:
-    return StepGuard(CPU, sigma=sigma, limit=limit)
+def make_guard(*, sigma: float | None = 6.0, limit: int = 5) -> SpikeGuard:
+    return SpikeGuard(CPU, sigma=sigma, limit=limit)
 
 
-def judge(guard: StepGuard, losses: list[float] | float, norm: float = 0.5, step: int = 1) -> bool:
+def judge(guard: SpikeGuard, losses: list[float] | float, norm: float = 0.5, step: int = 1) -> bool:
     losses = losses if isinstance(losses, list) else [losses]
-    return bool(guard.judge(step, torch.tensor(losses), torch.tensor(norm)))
+    return bool(guard.should_skip(step, torch.tensor(losses), torch.tensor(norm)))
 
 
-def ordinary(guard: StepGuard, n: int = WARM_UP, *, level: float = 2.0, seed: int = 0) -> list[bool]:
+def ordinary(guard: SpikeGuard, n: int = WARM_UP, *, level: float = 2.0, seed: int = 0) -> list[bool]:
     """n steps with losses of the level with a standard deviation of 0.1."""
     draw = random.Random(seed)
     return [judge(guard, level + draw.gauss(0, 0.1)) for _ in range(n)]
@@ -126,7 +126,7 @@ def test_a_guard_goes_on_where_it_was_saved():
     guard = make_guard()
     ordinary(guard)
     judge(guard, math.nan)
-    other = StepGuard(CPU, sigma=6.0, limit=5, state=guard.state())
+    other = SpikeGuard(CPU, sigma=6.0, limit=5, state=guard.state())
     assert ordinary(guard, 80, level=2.4, seed=3) == ordinary(other, 80, level=2.4, seed=3)
     assert guard.state() == other.state()
 

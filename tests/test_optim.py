@@ -127,13 +127,13 @@ def test_muon_has_the_layers_matrices_and_adamw_the_rest():
 
 
 def test_a_base_width_beside_muon_is_refused():
-    with pytest.raises(ValueError, match=r"base_width \(64\) is for AdamW alone, Muon's rate serves every width"):
+    with pytest.raises(ValueError, match=r"base_width \(64\) is for optimizer adamw"):
         OptimConfig(base_width=64)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 9])
 def test_matrices_that_muon_takes_together_move_as_torchs(monkeypatch, together):
-    monkeypatch.setattr(muon, "TOGETHER", together * 24)
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", together * 24)
     start = [torch.randn(6, 4), torch.randn(4, 6), torch.randn(6, 4), torch.randn(6, 4)]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
     optimizers = muon.Muon(ours, lr=0.1, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1)

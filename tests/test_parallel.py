@@ -11,7 +11,7 @@ from conftest import command_line, run_config, run_program, run_values
 import train
 from artifacts.run_dir import RunDir
 from model.errors import UserError
-from training.distributed import World
+from training.distributed import DistributedContext
 
 STEPS = 20
 CONSTANT = {"schedule": "constant", "warmup_steps": 3}
@@ -29,7 +29,7 @@ TOGETHER = {
     "accumulated-ddp": {"optim": OPTIMIZERS["adamw"], "train": LONG | {"micro_batch": 1, "parallel": "ddp"}},
     "accumulated-fsdp": {
         "optim": OPTIMIZERS["adamw"],
-        "train": LONG | {"micro_batch": 1, "parallel": "fsdp", "recompute": True},
+        "train": LONG | {"micro_batch": 1, "parallel": "fsdp", "activation_checkpointing": True},
     },
     "dropout": DROPOUT | {"train": LONG | {"micro_batch": 3, "parallel": "fsdp"}},
     "1-to-ddp": {"optim": OPTIMIZERS["muon"], "train": LONG | {"parallel": "ddp"}},
@@ -187,7 +187,7 @@ def test_a_micro_batch_that_does_not_divide_a_share_is_refused(out, text):
 @pytest.mark.parametrize("n", [1, 2, 6, 7])
 def test_evaluation_is_shared_out_evenly_and_nothing_counts_twice(size, n):
     batches = [(torch.full((1, 2), i), torch.full((1, 2), i)) for i in range(n)]
-    shares = [list(World(rank=rank, size=size).share(batches, -100)) for rank in range(size)]
+    shares = [list(DistributedContext(rank=rank, size=size).split_batches(batches, -100)) for rank in range(size)]
     assert {len(share) for share in shares} == {-(-n // size)}
     counted = sorted(int(targets[0, 0]) for share in shares for _, targets in share if targets[0, 0] != -100)
     assert counted == list(range(n))

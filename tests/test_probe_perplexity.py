@@ -9,7 +9,8 @@ import torch
 from evaluated import LINE, figures, loaded, nats
 
 from artifacts.run_dir import RunDir
-from data.loader import IGNORED, TokenArray, eval_batches, stream_hash
+from data.loader import TokenArray, eval_batches, stream_hash
+from model.constants import IGNORED
 from scripts import evaluate as script
 from scripts.probes import subject
 from scripts.probes.results import FILE

@@ -11,9 +11,10 @@ from conftest import command_line, run_config
 from training_runs import assert_same
 
 import train
-from artifacts import checkpoint
+from artifacts import checkpoint, run_dir
 from artifacts.background import Background
-from artifacts.run_dir import Metrics, RunDir
+from artifacts.metrics import Metrics
+from artifacts.run_dir import RunDir
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer
 from model import memory
@@ -95,7 +96,7 @@ def test_a_run_cut_short_and_repeated_equals_one_that_never_was(tmp_path, text, 
 ENDS = {
     "before it is begun": (RunDir, "begin", False),
     "after it is begun": (RunDir, "begin", True),
-    "while its directory is made": (checkpoint, "write_json", False),
+    "while its directory is made": (run_dir, "write_json", False),
     "before its tokenizer is saved": (Tokenizer, "save", False),
     "before its summary": (RunDir, "finish", False),
 }
@@ -136,7 +137,7 @@ def test_a_run_goes_on_and_says_from_where(tmp_path, text, monkeypatch, capsys):
     step = train.Trainer.step
     monkeypatch.setattr(train.Trainer, "step", lambda self, x: (steps.append(self.progress.step), step(self, x)))
     train.run(config)
-    assert "going on from step 10" in capsys.readouterr().out
+    assert "resuming from step 10" in capsys.readouterr().out
     assert steps == [10, 11]
 
 
@@ -193,7 +194,7 @@ def test_a_stopped_run_saves_and_goes_on_as_if_it_had_not(tmp_path, text, whole,
         result = train.run(config)
     assert (result.stopped_by, result.step) == (number, call)
     assert result.summary is None
-    assert capsys.readouterr().err == f"stopped at step {call}; the same command goes on from there\n"
+    assert capsys.readouterr().err == f"stopped at step {call}; the same command resumes from there\n"
     assert RunDir(config.path).latest().step == call
     assert signal.getsignal(number) == before
     assert train.run(config).stopped_by is None
@@ -267,7 +268,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_nothing_is_lost(stoppe
     said = capsys.readouterr()
     assert said.err.startswith(f"note: {newest}")
     assert said.err.endswith("step_00000005, which is whole, is taken instead\n")
-    assert "going on from step 5\n" in said.out
+    assert "resuming from step 5\n" in said.out
     assert_same(stopped.path, whole)
 
 
@@ -297,7 +298,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(tmp_p
 
 
 def test_a_run_that_is_trained_by_another_process_is_refused(tmp_path, text, program, stopped):
-    with RunDir(stopped.path).alone():
+    with RunDir(stopped.path).locked():
         ended = program(train.main, *command_line(tmp_path, text, **DROPOUT), name="train.py")
     ended.assert_refused(f"train.py: {stopped.path} is trained by another process now")
     assert RunDir(stopped.path).latest().step == 6

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import save_run
 
-from artifacts.run_dir import MAY_CHANGE, RunDir, environment
+from artifacts.environment import environment
+from artifacts.run_dir import MAY_CHANGE, RunDir
 from configs.schema import RunConfig
 from model.device import resolve
 from model.errors import UserError
-from training.distributed import World
+from training.distributed import DistributedContext
 from training.optim import Optimizers
 
 # The directory.
@@ -214,33 +215,33 @@ def test_other_data_is_refused_with_both_hashes(begun, config):
 
 def test_a_run_is_trained_by_one_process_at_a_time(begun):
     said = f"{begun.path} is trained by another process now: wait, or give another --name"
-    with begun.alone():
-        with pytest.raises(UserError) as error, RunDir(begun.path).alone():
+    with begun.locked():
+        with pytest.raises(UserError) as error, RunDir(begun.path).locked():
             pass
         assert str(error.value) == said
-    with RunDir(begun.path).alone():
+    with RunDir(begun.path).locked():
         pass
 
 
-class Second(World):
+class Second(DistributedContext):
     """The second of two processes, the first of which found the run locked or not."""
 
-    def largest(self, value: int = 0) -> int:
+    def all_reduce_max(self, value: int = 0) -> int:
         return max(value, self.locked)
 
 
 def test_all_processes_learn_that_the_run_is_locked(begun):
     second = Second(rank=1, size=2)
     object.__setattr__(second, "locked", 1)
-    with pytest.raises(UserError, match="is trained by another process now"), begun.alone(second):
+    with pytest.raises(UserError, match="is trained by another process now"), begun.locked(second):
         pass
     object.__setattr__(second, "locked", 0)
-    with begun.alone(), begun.alone(second):  # the first holds the lock for both
+    with begun.locked(), begun.locked(second):  # the first holds the lock for both
         pass
 
 
 def test_a_run_that_was_not_begun_leaves_nothing(config):
-    with RunDir(config.path).alone():
+    with RunDir(config.path).locked():
         assert config.path.exists()
     assert not config.path.exists()
 
@@ -248,7 +249,7 @@ def test_a_run_that_was_not_begun_leaves_nothing(config):
 def test_a_directory_of_something_else_keeps_what_it_has(config):
     config.path.mkdir(parents=True)
     (config.path / "thesis.tex").write_text("mine")
-    with RunDir(config.path).alone():
+    with RunDir(config.path).locked():
         pass
     assert [file.name for file in config.path.iterdir()] == ["thesis.tex"]
 

@@ -83,7 +83,7 @@ def damage(run: RunDir, step: int) -> Path:
 def test_a_damaged_latest_is_said_and_the_one_before_it_taken(begun):
     save_steps(begun, {10: True, 20: False})
     file, said = damage(begun, 20), []
-    assert begun.to_go_on_from(said.append).step == 10
+    assert begun.resume_from(said.append).step == 10
     why = f"{file} is missing or damaged: its bytes are not those that were written"
     assert said == [f"note: {why}; {begun.checkpoints / 'step_00000010'}, which is whole, is taken instead"]
 
@@ -91,7 +91,7 @@ def test_a_damaged_latest_is_said_and_the_one_before_it_taken(begun):
 def test_a_pointer_that_is_damaged_costs_nothing(begun):
     save_steps(begun, {10: True, 20: False})
     (begun.checkpoints / "latest").write_bytes(b"\xff")
-    assert begun.to_go_on_from(lambda text: None).step == 20
+    assert begun.resume_from(lambda text: None).step == 20
 
 
 def test_where_all_checkpoints_are_damaged_the_newest_is_named(begun):
@@ -99,7 +99,7 @@ def test_where_all_checkpoints_are_damaged_the_newest_is_named(begun):
     damage(begun, 10)
     file = damage(begun, 20)
     with pytest.raises(UserError) as error:
-        begun.to_go_on_from(lambda text: None)
+        begun.resume_from(lambda text: None)
     assert str(error.value) == (
         f"{file} is missing or damaged: its bytes are not those that were written; no other checkpoint is whole: "
         f"remove {begun.path} to begin again, or give another --name"
@@ -108,16 +108,16 @@ def test_where_all_checkpoints_are_damaged_the_newest_is_named(begun):
 
 def test_whole_checkpoints_are_quietly_taken(begun):
     said: list[str] = []
-    assert begun.to_go_on_from(said.append) is None
+    assert begun.resume_from(said.append) is None
     save_steps(begun, {10: True, 20: False})
-    assert begun.to_go_on_from(said.append).step == 20
+    assert begun.resume_from(said.append).step == 20
     assert said == []
 
 
 def test_what_came_after_the_checkpoint_taken_goes(begun):
     save_steps(begun, {5: True, 10: False, 15: False}, keep=3)
     damage(begun, 15)
-    begun.cut_checkpoints(begun.to_go_on_from(lambda text: None))
+    begun.discard_checkpoints_after(begun.resume_from(lambda text: None))
     assert kept(begun) == [5, 10]
     save_steps(begun, {12: False})
     assert kept(begun) == [5, 10, 12]

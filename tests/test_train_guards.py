@@ -1,4 +1,4 @@
-"""A run stops by itself: at too many bad steps, or when it no longer gets better; learning by heart is said."""
+"""A run stops by itself: at too many bad steps, or when it no longer gets better; overfitting is reported."""
 
 import math
 
@@ -74,7 +74,7 @@ def test_the_rows_that_stop_it_are_named_with_their_place_in_the_text(trained, l
         trained(train={"micro_batch": 2, "max_skipped": 0})
     tokens = prepare(str(text), "byte", root=text.parent / "prepared", progress=False).split("train")
     one, two = TrainLoader(tokens, block_size=16, global_rows=6, seed=1337).starts(5, range(2, 4))
-    where = f"highest is the loss of rows 2 to 3 of its batch, which begin at tokens {one}, {two} of {tokens.path};"
+    where = f"loss is highest in rows 2 to 3 of the batch, which begin at tokens {one}, {two} of {tokens.path};"
     assert str(error.value).startswith("step 6: the loss is inf, the norm of its gradient ")
     assert where in str(error.value)
 
@@ -94,7 +94,7 @@ def test_a_spike_is_skipped_unless_it_is_not_asked_for(trained, losing):
     assert trained("unguarded", train=rare | {"spike_sigma": "none"}).summary()["skipped_steps"] == 0
 
 
-# It stops by itself when it no longer gets better, and says when it learns by heart.
+# It stops by itself when it no longer gets better, and reports overfitting.
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_that_validation_rises_while_training_falls_is_said_once(trained, evalua
     assert "--train.patience" in said
 
 
-def test_that_both_rise_is_no_learning_by_heart(trained, evaluated, capsys):
+def test_that_both_rise_is_no_overfitting(trained, evaluated, capsys):
     evaluated(3.0, 3.05, 3.2, 3.5)
     trained(train={"eval_every": 3, "log_every": 3}, optim={"muon_lr": 1e-9, "adamw_lr": 1e-9})
     assert "note: step" not in capsys.readouterr().err

@@ -26,7 +26,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, text, program):
     second = program(train.main, *arguments)
     assert second.code == 0
     assert second.out.splitlines() == [
-        f"{tmp_path}/run is finished at step 12: --train.max_steps extends it, --name begins anew",
+        f"{tmp_path}/run is finished at step 12: --train.max_steps extends it, --name starts a new run",
         first.out.splitlines()[-1],
     ]
     assert before == (content(tmp_path), {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")})

@@ -15,20 +15,21 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
+from artifacts.sharding import like, whole
 from configs.load import load
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.memory import PeakMemory
 from training import distributed as parallel
 from training import trainer
-from training.distributed import Replica, World, like, whole
+from training.distributed import DistributedContext, ParallelModel
 from training.optim import make_optimizers
 
 SHAPE = {"vocab_size": 31, "block_size": 16, "n_layer": 3, "n_head": 3, "n_kv_head": 1, "head_dim": 6, "n_embd": 20}
 NUMBERS = {"muon_lr": 0.02, "adamw_lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-def deviation_of_sharded_steps(world: World, optimizer: str) -> float:
+def deviation_of_sharded_steps(distributed: DistributedContext, optimizer: str) -> float:
     """The largest difference of any weight after 3 steps with equal gradients, sharded and not."""
     weights = []
     for sharded in (False, True):
@@ -36,7 +37,7 @@ def deviation_of_sharded_steps(world: World, optimizer: str) -> float:
         model = GPT(ModelConfig(**SHAPE, mlp_width=29))
         gradients = [[torch.randn(p.shape) for p in model.parameters()] for _ in range(3)]
         if sharded:
-            Replica(model, world, "fsdp", torch.device("cpu"))
+            ParallelModel(model, distributed, "fsdp", torch.device("cpu"))
         optimizers = make_optimizers(model, optimizer=optimizer, **NUMBERS)
         for values in gradients:
             for p, value in zip(model.parameters(), values, strict=True):
@@ -46,17 +47,17 @@ def deviation_of_sharded_steps(world: World, optimizer: str) -> float:
     return max((a - b).abs().max().item() for a, b in zip(*weights, strict=True))
 
 
-def exchanges(world: World, method: str) -> list[int]:
+def exchanges(distributed: DistributedContext, method: str) -> list[int]:
     """Gradient exchanges of 1 and of 4 micro-batches in one step."""
     counts = []
     for n in (1, 4):
         model = GPT(ModelConfig(**SHAPE))
-        replica = Replica(model, world, method, torch.device("cpu"))
+        parallel_model = ParallelModel(model, distributed, method, torch.device("cpu"))
         idx = torch.zeros(2, 16, dtype=torch.long)
         with torch.profiler.profile() as profiler:
             for micro in range(n):
-                with replica.backward(last=micro == n - 1):
-                    replica(idx, idx).backward()
+                with parallel_model.backward(last=micro == n - 1):
+                    parallel_model(idx, idx).backward()
         names = [event.name for event in profiler.events()]
         counts.append(sum("reduce_scatter" in name or "all_reduce" in name or "allreduce" in name for name in names))
     return counts
@@ -84,12 +85,12 @@ def main() -> None:
     torch.set_num_threads(1)
     train.matmul_rate = lambda runtime: 1e12
     trainer.measure_peak = lambda device, held=(): nullcontext(PeakMemory(method="not measured"))
-    with parallel.together("cpu") as world:
+    with parallel.init_distributed("cpu") as distributed:
         for values in json.loads(jobs.read_text()):
-            train.run_in(world, load(None, values))
+            train.run_in(distributed, load(None, values))
         found = {
-            "deviation": {name: deviation_of_sharded_steps(world, name) for name in ("muon", "adamw")},
-            "exchanges": {method: exchanges(world, method) for method in ("ddp", "fsdp")},
+            "deviation": {name: deviation_of_sharded_steps(distributed, name) for name in ("muon", "adamw")},
+            "exchanges": {method: exchanges(distributed, method) for method in ("ddp", "fsdp")},
             "backend": dist.get_backend(),
         }
         found["gloo_threads_in_it"] = gloo_threads()

@@ -1,4 +1,4 @@
-"""Memory of a training step without the device or its memory: the step runs on tensors that have only shapes."""
+"""Memory of a training step, estimated on fake tensors: neither the device nor the memory is needed."""
 
 import weakref
 from collections import Counter
@@ -10,26 +10,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configs.schema import OptimizerName
 from model.attention.dispatch import workspaces
 from model.config import ModelConfig
 from model.gpt import GPT
-from training.optim import OptimizerName, Optimizers, make_optimizers
+from training.optim import Optimizers, make_optimizers
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "work")
 
 
 def train_peak(
-    config: ModelConfig, batch_size: int, dtype: torch.dtype, *, optimizer: OptimizerName, recompute: bool = False
+    config: ModelConfig,
+    batch_size: int,
+    dtype: torch.dtype,
+    *,
+    optimizer: OptimizerName,
+    activation_checkpointing: bool = False,
 ) -> dict[str, int]:
-    """Bytes live at the peak of a training step of batch_size sequences of block_size tokens, by PARTS.
+    """Live bytes at the peak of a training step of batch_size sequences of block_size tokens, by PARTS.
 
-    Activations live from the forward to the backward pass; logits is all that the loss makes of them, with the head's
-    gradient; work is what else lives at that moment. The second step counts: the first makes the optimizer's state.
+    Activations live from the forward to the backward pass; logits are everything that the loss allocates, including
+    the head's gradient; work is the rest. The second step is counted, since the first creates the optimizer state.
     """
     with FakeTensorMode(), _Live() as live:
         live.part = "parameters"
         model = GPT(config)
-        model.activation_checkpointing = recompute
+        model.activation_checkpointing = activation_checkpointing
         optimizers = make_optimizers(
             model, optimizer=optimizer, muon_lr=0.02, adamw_lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
         )
@@ -50,15 +56,18 @@ def rows_that_fit(
     dtype: torch.dtype,
     *,
     optimizer: OptimizerName,
-    recompute: bool = False,
+    activation_checkpointing: bool = False,
     shards: int = 1,
 ) -> int:
-    """Sequences of block_size tokens whose training step stays below n_bytes, at least 1.
+    """Largest batch of block_size sequences whose training step stays below n_bytes, at least 1.
 
-    By the peaks of one and two of them, in a line; the true peak grows less, since the loss works in chunks. Of
-    weights and optimizer state a process holds one of `shards` parts.
+    Extrapolates linearly from the peaks of one and two sequences; the true peak grows less, since the loss works in
+    chunks. A process holds one of `shards` parts of the weights and the optimizer state.
     """
-    one, two = (train_peak(config, n, dtype, optimizer=optimizer, recompute=recompute) for n in (1, 2))
+    one, two = (
+        train_peak(config, n, dtype, optimizer=optimizer, activation_checkpointing=activation_checkpointing)
+        for n in (1, 2)
+    )
     row = sum(two.values()) - sum(one.values())
     kept = one["parameters"] + one["optimizer"]
     return max(1, (n_bytes - sum(one.values()) + row + kept - kept // shards) // row)
@@ -108,7 +117,7 @@ class _Live(TorchDispatchMode):
             self.at_peak, self._peak = self.now + Counter(work=n), total
 
     def relabel(self, tensors: Iterable[Tensor], part: str) -> None:
-        """What was made as something else turned out to be `part`."""
+        """Count tensors that were allocated under another label as `part`."""
         for x in tensors:
             storage = x.untyped_storage()
             label = self._part_of[storage]

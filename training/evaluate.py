@@ -1,4 +1,4 @@
-"""Loss over a fixed stream of tokens, and by the place of a token in its context."""
+"""Loss over a fixed stream of tokens, and by position within the context."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.constants import IGNORED
 from model.device import Runtime
 from model.gpt import GPT
-from model.loss import IGNORED
-from training.distributed import ALONE, World
+from training.distributed import UNDISTRIBUTED, DistributedContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Weighted by token, so that no batch shape changes it."""
+    """Averages over tokens, so that they do not depend on the batch shape."""
 
     loss: float  # nats per token
     perplexity: float
-    bits_per_byte: float  # all nats over the bytes of the text that the targets spell; end-of-text spells none
+    bits_per_byte: float  # all nats over the bytes of the targets' text; end-of-text has none
     n_tokens: int
 
 
@@ -31,18 +31,18 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     token_bytes: np.ndarray,
     runtime: Runtime,
-    world: World = ALONE,
+    distributed: DistributedContext = UNDISTRIBUTED,
     *,
     observe: Callable[[Tensor, Tensor], None] = lambda losses, targets: None,
 ) -> Evaluation:
-    """Mean loss over the targets of (idx, targets) batches, each (B, T), shared out among the processes.
+    """Mean loss over the targets of (idx, targets) batches, each (B, T), which are split over the processes.
 
-    Targets of -100 count as nothing. `observe` is shown the losses and targets of each batch, (B, T) both.
+    Targets of -100 are ignored. `observe` is called with the losses and targets of each batch, both (B, T).
     """
     was_training = model.training
     model.eval()
     nats, n_tokens, n_bytes = 0.0, 0.0, 0.0
-    for idx, targets in world.share(batches, IGNORED):
+    for idx, targets in distributed.split_batches(batches, IGNORED):
         with runtime.autocast():
             losses = model(idx.to(runtime.device), targets.to(runtime.device), reduction="none")  # (B, T)
         observe(losses, targets)
@@ -51,7 +51,7 @@ def evaluate(
         n_tokens += real.numel()
         n_bytes += int(token_bytes[real.numpy()].sum())
     model.train(was_training)
-    nats, n_tokens, n_bytes = world.sum([nats, n_tokens, n_bytes])
+    nats, n_tokens, n_bytes = distributed.all_reduce_sum([nats, n_tokens, n_bytes])
     loss = nats / n_tokens
     return Evaluation(
         loss=loss,
@@ -62,14 +62,14 @@ def evaluate(
 
 
 class LossByPosition:
-    """Nats and number of targets at each position of a context."""
+    """Sum of nats and number of targets at each position of the context."""
 
     def __init__(self, T: int):
         self.nats = torch.zeros(T, dtype=torch.float64)
         self.n_targets = torch.zeros(T, dtype=torch.long)
 
     def add(self, losses: Tensor, targets: Tensor) -> None:
-        """Count (B, T) losses; those of targets of -100 are 0."""
+        """Add (B, T) losses, which are 0 for targets of -100."""
         self.nats += losses.double().sum(0).cpu()
         self.n_targets += (targets != IGNORED).sum(0)
 
@@ -79,9 +79,9 @@ class LossByPosition:
         return (self.nats[last].sum() / self.n_targets[last].sum()).item()
 
     def curve(self, per_octave: int = 4) -> tuple[list[float], list[float]]:
-        """Positions, counted from 1 as tokens that a prediction could see, and the mean loss there, in log-spaced bins.
+        """Positions and mean losses in log-spaced bins; position 1 is a prediction from one token.
 
-        A bin's position is the mean of its targets'; bins without targets are left out.
+        A bin's position is the mean position of its targets; bins without targets are left out.
         """
         T = len(self.nats)
         edges = {round(2 ** (i / per_octave)) for i in range(per_octave * T.bit_length())}

@@ -1,8 +1,8 @@
-"""Which optimizer steps to skip, decided on the device: nothing is read back.
+"""Loss-spike guard: decides on the device, without synchronizing, which optimizer steps to skip.
 
-A step is bad if its loss or the norm of its gradient is not finite, or lies far above the running mean of the steps
-before it. What is remembered of a high value is at most the bound it went over, so that one spike hides no other and
-a lasting change of level is taken for normal in time.
+A step is bad if its loss or gradient norm is not finite, or far above the running mean of earlier steps. A high value
+enters the running mean clipped to the bound it exceeded, so that one spike does not hide the next and a lasting change
+of level becomes the new normal.
 """
 
 from typing import Any
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UP = 64  # steps before a spike can be told from the ordinary
+WARM_UP = 64  # steps before spikes are detected at all
 WEIGHT = 0.02  # of a new value in the running mean and variance
-LEAST_SPREAD = 0.01  # of the mean: the standard deviation counts as at least this
+LEAST_SPREAD = 0.01  # lower bound of the standard deviation, as a fraction of the mean
 
 
-class StepGuard:
-    """Judges each step by its loss and the norm of its gradient, and counts.
+class SpikeGuard:
+    """Marks bad steps by their loss and gradient norm, and counts them.
 
-    When more than `limit` in a row were bad, all that follow are: the weights stay as they were before the first.
+    After more than `limit` bad steps in a row every later step is bad too: the weights stay as before the first.
     """
 
     def __init__(self, device: torch.device, *, sigma: float | None, limit: int, state: dict[str, Any] | None = None):
@@ -27,10 +27,10 @@ class StepGuard:
         make = lambda value, dtype: torch.tensor(value, dtype=dtype, device=device)
         self.mean, self.var = make(state["mean"], torch.float32), make(state["var"], torch.float32)  # of loss and norm
         self.seen, self.skipped, self.in_a_row = (make(n, torch.int64) for n in (state["seen"], state["skipped"], 0))
-        self.first = make([0.0] * 4, torch.float32)  # of the bad ones in a row: step, worst micro-batch, loss, norm
+        self.first = make([0.0] * 4, torch.float32)  # bad step of this streak: step, worst micro-batch, loss, norm
 
-    def judge(self, step: int, losses: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether step number `step`, with these losses of its micro-batches (n,), is bad: a bool on the device."""
+    def should_skip(self, step: int, losses: Tensor, grad_norm: Tensor) -> Tensor:
+        """A bool on the device, for step number `step` with the losses (n,) of its micro-batches."""
         x = torch.stack([losses.mean(), grad_norm])
         finite, bad = x.isfinite().all(), self.in_a_row > self.limit
         if self.sigma is not None:
@@ -50,19 +50,19 @@ class StepGuard:
         self.in_a_row.add_(1).mul_(bad)
         return bad
 
-    # What reads from the device.
+    # The rest reads values back from the device.
 
     @property
     def lost(self) -> bool:
-        """More steps in a row were bad than may be."""
+        """More than `limit` steps in a row were bad."""
         return int(self.in_a_row) > self.limit
 
     def culprit(self) -> tuple[int, int, str]:
-        """The first of the last bad steps in a row: its number, its micro-batch of the highest loss, what was wrong."""
+        """Of the first bad step of the last streak: its number, the micro-batch with the highest loss, the reason."""
         (step, micro, loss, norm), (usual_loss, usual_norm) = self.first.tolist(), self.mean.tolist()
         usual = f" (usual: {usual_loss:.4g} and {usual_norm:.4g})" if int(self.seen) else ""
         return int(step), int(micro), f"the loss is {loss:.4g}, the norm of its gradient {norm:.4g}{usual}"
 
     def state(self) -> dict[str, Any]:
-        """What goes on with the run, for JSON."""
+        """The state to save with a checkpoint, as JSON values."""
         return {key: getattr(self, key).tolist() for key in ("mean", "var", "seen", "skipped")}

@@ -1,15 +1,15 @@
-"""Memory that training holds from step to step."""
+"""The tensors that a training process holds from one step to the next."""
 
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from training.distributed import local
+from artifacts.sharding import local
 from training.optim import Optimizers
 
 
 def training_tensors(model: nn.Module, optimizers: Optimizers) -> Iterator[Tensor]:
-    """Parameters, gradients and optimizer state: what this process holds from step to step."""
+    """Parameters, gradients and optimizer state, as far as this process holds them."""
     for p in model.parameters():
         yield local(p)
         if p.grad is not None:

@@ -1,6 +1,6 @@
-"""Muon: the update of a matrix is its momentum, made orthogonal (2502.16982).
+"""Muon: the update of a matrix is its orthogonalised momentum (2502.16982).
 
-Dimensions: a matrix has N rows and C columns; of W processes among which it is sharded, each holds n of its rows.
+Dimensions: a matrix has N rows and C columns; sharded over W processes, each process holds n of its rows.
 """
 
 import math
@@ -10,22 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.distributed import is_sharded, local
+from artifacts.sharding import is_sharded, local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration
 ITERATIONS = 5
 LEAST_NORM = 1e-7
-TOGETHER = 1 << 22  # elements of matrices of one shape that are made orthogonal at a time: their copies stay small
+BATCH_ELEMENTS = 1 << 22  # matrices of one shape are orthogonalised in batches of so many elements: small copies
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon, which besides can skip a step, takes matrices of one shape together, and serves FSDP2's shards.
+    """torch.optim.Muon that can also skip a step, batches matrices of one shape, and works on FSDP2 shards.
 
-    Of shards each process gathers one matrix whole, makes it orthogonal, and hands the rows back: no work is done
-    twice.
+    Of sharded matrices each process gathers a different one, orthogonalises it and scatters the rows back, so that no
+    work is done twice.
     """
 
-    found_inf: Tensor | None = None  # set to 1 on the device: leave all as it is, as AdamW knows it of gradient scalers
+    found_inf: Tensor | None = None  # 1 on the device skips the update: the gradient scaler's flag, as AdamW takes it
 
     def __init__(self, params: Iterable[Tensor], *, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -39,12 +39,12 @@ class Muon(torch.optim.Optimizer):
                     alike.setdefault(tuple(p.shape), []).append(p)
             for params in alike.values():
                 p = params[0]
-                n = p.device_mesh.size() if is_sharded(p) else max(1, TOGETHER // p.numel())  # type: ignore[attr-defined]
+                n = p.device_mesh.size() if is_sharded(p) else max(1, BATCH_ELEMENTS // p.numel())  # type: ignore[attr-defined]
                 for start in range(0, len(params), n):
                     self._update(params[start : start + n], **{k: group[k] for k in self.defaults})
 
     def _update(self, params: list[Tensor], *, lr: float, weight_decay: float, momentum: float) -> None:
-        """Of matrices of one shape; sharded ones, at most one for each process."""
+        """Update matrices of one shape; if they are sharded, at most one per process."""
         momenta = []
         for p in params:
             state = self.state[p]
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """(n, N, C) in bfloat16 -> the singular values of each matrix all near 1."""
+    """(n, N, C) in bfloat16 -> matrices with the same singular vectors and all singular values near 1."""
     a, b, c = COEFFICIENTS
     wide = x if x.shape[1] <= x.shape[2] else x.mT
     wide = wide / torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=LEAST_NORM)
@@ -77,7 +77,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def _orthogonal_rows(rows: list[Tensor], p: Tensor) -> list[Tensor]:
-    """Our (n, C) rows of each of up to W matrices like p -> our rows of the matrices made orthogonal."""
+    """Our (n, C) rows of each of up to W matrices shaped like p -> our rows of the orthogonalised matrices."""
     group = p.device_mesh.get_group()  # type: ignore[attr-defined]
     W, rank, (N, C) = dist.get_world_size(group), dist.get_rank(group), p.shape
     most = -(-N // W)

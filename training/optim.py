@@ -1,21 +1,18 @@
-"""The optimizers and their learning rate over time."""
+"""The optimizers and the learning rate schedule."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from artifacts.sharding import like
+from configs.schema import OptimizerName, Schedule
 from model.gpt import GPT
-from training.distributed import like
 from training.muon import Muon
-
-Schedule = Literal["cosine", "trapezoid", "constant"]
-OptimizerName = Literal["muon", "adamw"]
 
 
 class Optimizers:
-    """The optimizers of one network as one: a step of all, the state of all."""
+    """All optimizers of one network behind one interface."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
         self.all = optimizers
@@ -27,25 +24,26 @@ class Optimizers:
         return {p: state for o in self.all for p, state in o.state.items()}
 
     def load(self, p: Tensor, name: str, value: Tensor) -> None:
-        """Put one tensor of state back, whole as it was saved."""
+        """Restore one tensor of optimizer state, given in full; it is sharded like its parameter."""
         owner = next(o for o in self.all if any(p is q for group in o.param_groups for q in group["params"]))
         owner.state[p][name] = like(value, p)
 
     def set_lr(self, factor: float) -> None:
-        """Every learning rate to `factor` of its peak."""
+        """Set every learning rate to `factor` times its peak."""
         for optimizer, peaks in zip(self.all, self._peak, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
 
     @property
     def lr(self) -> float:
-        """The first one's, now."""
+        """Current learning rate of the first optimizer."""
         return self.all[0].param_groups[0]["lr"]
 
     def step(self, *, skip: Tensor | None = None) -> None:
-        """Update the weights, unless `skip`, a bool on their device, says not to, and drop the gradients.
+        """Update the weights and drop the gradients; no update if `skip`, a bool on their device, is true.
 
-        A CPU looks at it. Elsewhere nothing is read back: the optimizers know it as what a gradient scaler found.
+        On a CPU the flag is read. Elsewhere it is passed on as `found_inf`, the flag that optimizers take from a
+        gradient scaler, so that nothing is read back.
         """
         on_cpu = skip is not None and skip.device.type == "cpu"
         for optimizer in self.all:
@@ -68,8 +66,9 @@ def make_optimizers(
 ) -> Optimizers:
     """Muon (2502.16982) for the matrices inside the layers and AdamW (1711.05101) for the rest, or AdamW for all.
 
-    Matrices decay; embeddings beside Muon, norms, biases and what a mixer keeps from Muon do not. With `base_width`
-    AdamW's rate for the matrices inside the layers is `adamw_lr` * base_width / n_embd (2203.03466).
+    Weight decay applies to matrices, but not to embeddings if Muon is used, and never to norms, biases and matrices that
+    a mixer keeps from Muon. With `base_width`, AdamW's rate for the matrices inside the layers is
+    adamw_lr * base_width / n_embd (2203.03466).
     """
     apart = {p for mixer in model.mixers for p in mixer.adamw_parameters()}  # of AdamW in any case, without decay
     inside = {p for block in model.h for p in block.parameters() if p.dim() == 2} - apart
@@ -95,10 +94,10 @@ def make_optimizers(
 def lr_factor(
     step: int, *, max_steps: int, warmup_steps: int, schedule: Schedule, decay_fraction: float, final_lr: float
 ) -> float:
-    """What step number `step` (from 0) multiplies the learning rate by.
+    """Learning rate of step number `step` (from 0) as a fraction of its peak.
 
-    Linear warm-up; then a cosine to `final_lr` at the end; or a trapezoid (2405.18392), flat and in the last
-    `decay_fraction` of the steps linear to `final_lr`; or constant.
+    Linear warm-up, followed by a cosine down to `final_lr`; by a trapezoid (2405.18392), which stays flat and decays
+    linearly to `final_lr` over the last `decay_fraction` of all steps; or by a constant rate.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 from filelock import FileLock
 
-from artifacts.checkpoint import write_json
+from artifacts.files import write_json
 from artifacts.run_dir import RunDir
 from cli.options import Count, options_class, parse
 from cli.program import exit_with_one_line
@@ -62,7 +62,7 @@ def ablate(options: Options) -> int:
     runner = Runner(part, [list(command) for command in study.measure], out, at_a_time=options.jobs)
     stopped_by = runner.run()
     if stopped_by is not None:
-        print("stopped; the same command goes on from there", file=sys.stderr)
+        print("stopped; the same command resumes from there", file=sys.stderr)
         return 128 + stopped_by
     if any(RunDir(cell.path).summary() for cell in every):
         with lock:

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 import train
-from artifacts.checkpoint import read_json, write_json
+from artifacts.files import read_json, write_json
 from artifacts.run_dir import RunDir
 from cli.program import exit_with_one_line
 from configs.load import build

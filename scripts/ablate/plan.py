@@ -66,8 +66,13 @@ def train_and_evaluation_flops(config: RunConfig) -> float:
 
 def step_memory(config: RunConfig, runtime: Runtime) -> int:
     """Bytes live at the peak of a training step."""
-    optimizer, recompute = config.optim.optimizer, config.train.recompute
-    parts = train_peak(config.model, config.micro_rows, runtime.dtype, optimizer=optimizer, recompute=recompute)
+    parts = train_peak(
+        config.model,
+        config.micro_rows,
+        runtime.dtype,
+        optimizer=config.optim.optimizer,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
     return sum(parts.values())
 
 

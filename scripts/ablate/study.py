@@ -1,10 +1,8 @@
 """A study: a base config, variants of it, seeds; and the cells that it comes to, one run each."""
 
 import difflib
-import hashlib
 import importlib.util
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from configs.experiment import experiment_digest
 from configs.load import build, load, merge, read_toml
 from configs.schema import RunConfig
 from model.errors import UserError
@@ -60,7 +59,8 @@ class Study(Section):
     def all_variants(self) -> dict[str, Overrides]:
         """Overrides of the base by name: the named variants, then the grid's."""
         points = self.variants | dict(_grid_points(self.grid))
-        return {name: merge(self.overrides, point) for name, point in points.items()}
+        current = RunConfig.with_current_names
+        return {name: merge(current(self.overrides), current(point)) for name, point in points.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def cells(study: Study, file: Path, out: Path) -> list[Cell]:
             config = load(study.base, merge(overrides, ours | {"log": {"progress": False}}))
         except UserError as error:
             raise UserError(f"{file}: variant {variant!r}: {error}") from None
-        digest = hashlib.sha256(json.dumps(config.experiment(), sort_keys=True).encode()).hexdigest()[:8]
+        digest = experiment_digest(config)
         if (other := first_named.setdefault(digest, variant)) != variant:
             raise UserError(f"{file}: variants {other!r} and {variant!r} are the same experiment: leave one out")
         name = f"cells/{_slug(variant)}-s{seed}-{digest}"

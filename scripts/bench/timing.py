@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from artifacts.checkpoint import write_json
+from artifacts.files import write_json
 from cli.options import Count, options_class
 from model.device import DType, Runtime
 from model.errors import UserError

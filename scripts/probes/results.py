@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from artifacts.checkpoint import read_json, write_json
+from artifacts.files import read_json, write_json
 from scripts.figure import save_figure
 
 if TYPE_CHECKING:

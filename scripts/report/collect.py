@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from artifacts.checkpoint import read_json
+from artifacts.files import read_json
 from artifacts.run_dir import RunDir
+from configs.experiment import settings
 from model.errors import UserError
 from scripts.probes.results import FILE as EVALUATIONS
 from scripts.probes.results import STEP as EVALUATED_STEP
@@ -73,7 +74,7 @@ def collect(paths: list[Path], baseline: str | None = None) -> Collected:
     if not entries:
         raise UserError(f"nothing is finished in {', '.join(map(str, paths))} yet")
     results, timings = pd.DataFrame([_results(e) for e in entries]), pd.DataFrame([_timings(e) for e in entries])
-    configs = pd.json_normalize([entry.run.config().experiment() for entry in entries]).drop(columns="seed")
+    configs = pd.json_normalize([settings(entry.run.config()) for entry in entries]).drop(columns="seed")
     varying = [key for key in configs if configs[key].map(str).nunique() > 1]
     results = pd.concat([results.iloc[:, :2], configs[varying], results.iloc[:, 2:]], axis=1)
     _check(results, experiments=configs.map(str).agg(tuple, axis=1))

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from artifacts.checkpoint import read_json
+from artifacts.files import read_json
 from scripts.figure import legend, look, new_figure
 from scripts.report.collect import Collected
 from scripts.report.statistics import of_variant

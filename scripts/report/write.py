@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from artifacts.checkpoint import write_text
+from artifacts.files import write_text
 from scripts.figure import save_figure
 from scripts.report.collect import Collected, collect
 from scripts.report.page import markdown, page
