@@ -10,10 +10,12 @@ from conftest import ROOT
 import generate
 import train
 from artifacts.run_dir import RunDir
-from configs.experiment import experiment_digest
+from configs.experiment import experiment, experiment_digest
 from configs.load import load
+from configs.schema import DataConfig, OptimConfig, RunConfig, TrainConfig
 from data.loader import eval_batches, stream_hash
 from data.prepare import prepare
+from model.config import ModelConfig
 from model.device import resolve
 from training.evaluate import evaluate
 
@@ -68,4 +70,54 @@ def test_an_unfinished_run_resumes(folder, capsys):
 
 
 def test_a_study_finds_the_cells_of_an_earlier_version(folder):
-    assert experiment_digest(load(Path("old.toml"))) == "4545a363"
+    assert experiment_digest(RunDir(COMPAT / "finished").config()) == "4545a363"
+    assert experiment_digest(RunDir(COMPAT / "unfinished").config()) == "4545a363"
+
+
+class MoreModel(ModelConfig):
+    added: int = 3
+
+
+class MoreData(DataConfig):
+    added: str | None = None
+
+
+class MoreOptim(OptimConfig):
+    added: float = 0.5
+
+
+class MoreTrain(TrainConfig):
+    added: tuple[int, ...] = (1, 2)
+
+
+class MoreConfig(RunConfig):
+    """A later version, in which every section has a key more."""
+
+    added: bool = False
+    model: MoreModel = MoreModel()
+    data: MoreData = MoreData()
+    optim: MoreOptim = MoreOptim()
+    train: MoreTrain = MoreTrain()
+
+
+@pytest.mark.parametrize("section", [None, "model", "data", "optim", "train"])
+def test_added_keys_are_part_of_an_experiment_only_where_they_are_not_at_their_default(section):
+    values = json.loads((COMPAT / "finished" / "config.json").read_text())["config"]
+    assert experiment_digest(MoreConfig(**values)) == "4545a363"
+    given = {None: True, "model": 4, "data": "x", "optim": 0.25, "train": [1]}[section]
+    changed = values | ({"added": given} if section is None else {section: values[section] | {"added": given}})
+    assert experiment_digest(MoreConfig(**changed)) != "4545a363"
+
+
+@pytest.mark.parametrize(
+    ("section", "former", "name", "value"),
+    [("model", "without", "omits", "experts"), ("train", "recompute", "activation_checkpointing", True)],
+)
+def test_renamed_keys_are_read_and_keep_the_experiment(section, former, name, value):
+    old, new = (RunConfig(**{section: {key: value}}) for key in (former, name))
+    assert old == new
+    assert experiment_digest(old) == experiment_digest(new) != experiment_digest(RunConfig())
+    assert experiment(old)[section][former] == value
+    assert name in old.model_dump()[section]
+    with pytest.raises(ValueError, match=f"{former} is the former name of {name}, and both are given"):
+        RunConfig(**{section: {former: value, name: value}})

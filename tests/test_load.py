@@ -216,15 +216,15 @@ def test_a_switch_is_no_number(tmp_path):
         ({"pattern": "swa"}, "pattern ('swa') has swa layers: give window, the number of keys a query sees"),
         (
             {"pattern": "swa ful", "window": 2},
-            f"'ful' is no layer; words are {WORDS}, as \"swa*5 full\"; did you me",
+            f"'ful' is not a layer; layers are {WORDS}, as \"swa*5 full\"; did you me",
         ),
         ({"pattern": "5:"}, "pattern ('5:'): a ratio is \"a:b\""),
         ({"pattern": "0:0"}, "pattern ('0:0'): a ratio is \"a:b\""),
         ({"pattern": ""}, "pattern ('') is empty"),
-        ({"position": {"swa": "rope"}}, "position says nothing of full layers, which pattern ('full') has"),
+        ({"position": {"swa": "rope"}}, "position has no value for full layers, which pattern ('full') has"),
         (
             {"rope_base": {"sliding": 1.0}},
-            f"rope_base.sliding is no kind of layer; the kinds are {WORDS}",
+            f"rope_base.sliding is not a kind of layer; the kinds are {WORDS}",
         ),
         ({"rope_base": -1.0}, "rope_base (-1.0) must be above 0"),
     ],

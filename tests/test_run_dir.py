@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_run
+from pydantic import BaseModel
 
 from artifacts.environment import environment
 from artifacts.run_dir import MAY_CHANGE, RunDir
@@ -137,7 +138,7 @@ def changed(config: RunConfig, key: str) -> RunConfig:
             now = 77
         case _:
             now = f"{was}-other"
-    record = record.model_copy(update={name: now})
+    record = BaseModel.model_copy(record, update={name: now})
     return config.model_copy(update={section: record}) if section else record
 
 

@@ -66,8 +66,8 @@ def make_optimizers(
 ) -> Optimizers:
     """Muon (2502.16982) for the matrices inside the layers and AdamW (1711.05101) for the rest, or AdamW for all.
 
-    Weight decay applies to matrices, but not to embeddings if Muon is used, and never to norms, biases and matrices that
-    a mixer keeps from Muon. With `base_width`, AdamW's rate for the matrices inside the layers is
+    Weight decay applies to matrices, but not to embeddings if Muon is used, and never to norms, biases and matrices
+    that a mixer keeps from Muon. With `base_width`, AdamW's rate for matrices inside the layers is
     adamw_lr * base_width / n_embd (2203.03466).
     """
     apart = {p for mixer in model.mixers for p in mixer.adamw_parameters()}  # of AdamW in any case, without decay
