@@ -117,6 +117,14 @@ def test_given_equal_gradients_sharded_weights_move_as_whole_ones(found):
     assert found["deviation"]["adamw"] < 1e-7  # its vectorised arithmetic ends elsewhere
 
 
+@pytest.mark.parametrize("method", ["ddp", "fsdp"])
+def test_auxiliary_losses_and_passed_tensors_are_those_of_one_process(found, method):
+    value_off, gradient_off, value = found["auxiliary"][method]
+    assert value > 1e-3
+    assert value_off < 1e-6 * value + 1e-8
+    assert gradient_off < 1e-5
+
+
 def test_gradients_are_exchanged_once_a_step_however_many_micro_batches_it_has(found):
     for once, with_four in found["exchanges"].values():
         assert once == with_four > 0

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,11 @@ import train
 from artifacts.sharding import like, whole
 from configs.load import load
 from model.config import ModelConfig
+from model.context import AuxiliaryLosses
 from model.gpt import GPT
 from model.memory import PeakMemory
+from model.mixers import MIXERS
+from model.mixers.linear import LinearAttention
 from training import distributed as parallel
 from training import trainer
 from training.distributed import DistributedContext, ParallelModel
@@ -63,6 +67,39 @@ def exchanges(distributed: DistributedContext, method: str) -> list[int]:
     return counts
 
 
+class Sized(LinearAttention):
+    """Linear attention with an auxiliary loss and a tensor that its first layer passes on."""
+
+    @classmethod
+    def spec_from(cls, config, place):
+        return replace(super().spec_from(config, place), kind=f"sized{place.index}")
+
+    def forward(self, x, ctx, cache=None):
+        y = super().forward(x, ctx, cache)
+        if self.spec.kind == "sized0":
+            ctx.passed["first"] = y
+        ctx.add_loss("size", 500.0 * y.square().mean())
+        return y + ctx.passed["first"]
+
+
+def deviation_with_auxiliary_losses(distributed: DistributedContext, method: str) -> list[float]:
+    """Of the auxiliary loss, and the largest of any gradient, from those of all rows in one process."""
+    MIXERS["sized"] = Sized
+    idx = torch.randint(31, (4, 17), generator=torch.Generator().manual_seed(5))
+    found: list[tuple[float, list[torch.Tensor]]] = []
+    for together in (False, True):
+        torch.manual_seed(3)
+        model, aux = GPT(ModelConfig(**SHAPE, pattern="sized")), AuxiliaryLosses()
+        model.activation_checkpointing = together
+        rows = idx[distributed.rank :: distributed.size] if together else idx
+        run = ParallelModel(model, distributed, method, torch.device("cpu")) if together else model
+        run(rows[:, :-1], rows[:, 1:], auxiliary=aux).backward()
+        value = distributed.all_reduce_sum([aux.values["size"].item()])[0] / distributed.size
+        found.append((value, [whole(p.grad) for p in model.parameters() if p.grad is not None]))
+    (one, gradients), (two, theirs) = found
+    return [abs(one - two), max((a - b).abs().max().item() for a, b in zip(gradients, theirs, strict=True)), one]
+
+
 def gloo_threads() -> int:
     """Threads of this process that free tensors."""
     n = 0
@@ -91,6 +128,7 @@ def main() -> None:
         found = {
             "deviation": {name: deviation_of_sharded_steps(distributed, name) for name in ("muon", "adamw")},
             "exchanges": {method: exchanges(distributed, method) for method in ("ddp", "fsdp")},
+            "auxiliary": {method: deviation_with_auxiliary_losses(distributed, method) for method in ("ddp", "fsdp")},
             "backend": dist.get_backend(),
         }
         found["gloo_threads_in_it"] = gloo_threads()
