@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-all faults lint
+.PHONY: demo test test-all coverage faults lint
 demo: .venv/ready
 	$(PY) -m scripts.demo
 
@@ -11,6 +11,10 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(PY) -m pytest -m "not gpu" -n logical --maxprocesses 4
+
+# Lines and branches that test-all reaches in its own process; what runs in processes of their own is not counted.
+coverage: .venv/ready
+	$(PY) -m pytest -m "not gpu" -n logical --maxprocesses 4 --cov --cov-report=term
 
 # The long forms: processes killed at any moment, damaged and full disks.
 faults: .venv/ready
@@ -21,6 +25,7 @@ lint: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sash needs Python 3.11 or newer: make PYTHON=python3.12")'
