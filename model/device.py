@@ -1,4 +1,4 @@
-"""Which device, dtype and compilation a run uses, and how fast the device multiplies."""
+"""Device, dtype and compilation of a run, and the speed limits of the device."""
 
 import contextlib
 import time
@@ -26,12 +26,12 @@ DType = Annotated[
 ]  # in a Section always a long name; where no validator runs, `resolve` takes either
 Switch = Literal["auto", "on", "off"]
 
-COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling costs 10 s and saves 2 to 12 % of narrow layers: below, it does not pay
+COMPILE_FROM_FLOPS = 2e14  # on a CPU compiling takes 10 s and saves 2 to 12 %: shorter jobs would lose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """What `auto` came to, and why."""
+    """The device, dtype and compilation that were chosen, and why."""
 
     device: torch.device
     dtype: torch.dtype
@@ -39,13 +39,13 @@ class Runtime:
     why: str
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Matrix products in `dtype`, the rest in float32."""
+        """Matmuls in `dtype`, the rest in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def place(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Host tensors on the device; on CUDA out of pinned memory, so that the copy overlaps with work."""
+        """Copy host tensors to the device; on CUDA from pinned memory, so that the copy overlaps with work."""
         if self.device.type == "cuda":
             pair = pair[0].pin_memory(), pair[1].pin_memory()
         return pair[0].to(self.device, non_blocking=True), pair[1].to(self.device, non_blocking=True)
@@ -56,7 +56,7 @@ class Runtime:
 
 
 def resolve(device: str = "auto", dtype: DType = "auto", compile: Switch = "auto", *, flops: float = 0) -> Runtime:
-    """Choose by capability; `flops` is the size of the job. UserError for a device that is not there."""
+    """Choose by the capabilities of the hardware; `flops` is the size of the job. UserError for a missing device."""
     kind, why_device = _device(device)
     if kind.type == "cpu":
         cpu.keep_freed_memory()
@@ -114,7 +114,7 @@ def _compile(device: torch.device, asked: Switch, flops: float) -> tuple[bool, s
 
 
 def no_compiling(device: torch.device) -> str | None:
-    """Why nothing is compiled here unless it is asked for; None where it can be."""
+    """Why `auto` does not compile on this device; None if it may."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -125,26 +125,26 @@ def no_compiling(device: torch.device) -> str | None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each layer in place: equal layers share one compilation, so depth costs nothing."""
+    """Compile each layer in place. Equal layers share one compilation, so depth adds no compile time."""
     for block in model.h:  # type: ignore[union-attr]
         block.compile()
 
 
 def memory_at_hand(device: torch.device) -> int | None:
-    """Bytes that this process has or may still get on a CUDA device; None elsewhere."""
+    """Bytes that this process holds or can still allocate on a CUDA device; None elsewhere."""
     if device.type != "cuda":
         return None
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def memory_rate(runtime: Runtime, seconds: float = 0.5) -> float:
-    """Bytes/s at which numbers that no cache holds are read and added up, measured: what decoding is held against."""
+    """Measured memory bandwidth in bytes/s, for a sum over more data than any cache holds: the limit of decoding."""
     x = torch.ones(1 << 26, device=runtime.device)  # 256 MiB
     return x.nbytes / _fastest(x.sum, runtime, seconds)
 
 
 def _fastest(work: Callable[[], Tensor], runtime: Runtime, seconds: float) -> float:
-    """Seconds of the fastest of as many repetitions as fit."""
+    """Seconds of the fastest of as many repetitions as fit into `seconds`."""
     work().sum().item()  # warm up
     best, until = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < until:
@@ -156,7 +156,7 @@ def _fastest(work: Callable[[], Tensor], runtime: Runtime, seconds: float) -> fl
 
 
 def matmul_rate(runtime: Runtime, seconds: float = 0.2) -> float:
-    """FLOP/s of large square matrix products in the runtime's dtype, measured as they are done: what MFU divides by."""
+    """Measured FLOP/s of large square matmuls in the runtime's dtype: the denominator of MFU."""
     n = 8192 if runtime.device.type == "cuda" else 2048
     own = torch.Generator(runtime.device).manual_seed(0)  # leaves the training RNG alone
     a, b = (torch.randn(n, n, generator=own, device=runtime.device, dtype=runtime.dtype) for _ in "ab")

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, measured, with the method's name beside it; bytes of tensors that are there."""
+"""Peak memory, measured, with the name of the method."""
 
 import os
 import sys
@@ -12,20 +12,20 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class PeakMemory:
-    """Filled in when its block ends; what could not be measured stays None."""
+    """Filled in when the measured block ends; None where a figure could not be measured."""
 
     method: str
     bytes: int | None = None  # live tensors at their peak
     reserved_bytes: int | None = None  # what the device's allocator held for them
-    process_bytes: int | None = None  # the process's high-water mark, with freed memory that it keeps
+    process_bytes: int | None = None  # peak resident size of the process, with freed memory that it keeps
 
 
 @contextmanager
 def measure_peak(device: torch.device, held: Iterable[Tensor] = ()) -> Iterator[PeakMemory]:
-    """Measure the peak over the block. `held`: on a CPU, the tensors that live before it and count too.
+    """Measure the peak over the block. On a CPU, `held` are tensors that exist before it and count too.
 
-    Warm up first: a first pass allocates what later ones find. On a CPU the figure is the sum of allocations and frees
-    that the profiler saw, kernels' work space included, on top of `held`: the same from run to run.
+    Warm up first: a first pass allocates buffers that later ones reuse. On a CPU the figure is computed from the
+    allocations and frees that the profiler records, workspaces included, on top of `held`: the same in every run.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -39,7 +39,7 @@ def measure_peak(device: torch.device, held: Iterable[Tensor] = ()) -> Iterator[
         base = total_bytes(held)
         peak = PeakMemory(method="cpu-live-tensors")
         reset = _reset_process_peak()
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield peak
         changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -54,12 +54,12 @@ def measure_peak(device: torch.device, held: Iterable[Tensor] = ()) -> Iterator[
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors, each counted once."""
+    """Bytes of the storages of the tensors, each counted once."""
     return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}.values())
 
 
 def device_peak(device: torch.device) -> tuple[str, int | None]:
-    """The largest memory so far and how it was measured: the allocator's on CUDA, else the process's."""
+    """The method and the peak memory so far: the allocator's on CUDA, else the resident size of the process."""
     if device.type == "cuda":
         return "cuda-allocator", torch.cuda.max_memory_allocated(device)
     peak = process_peak_bytes()
@@ -67,7 +67,7 @@ def device_peak(device: torch.device) -> tuple[str, int | None]:
 
 
 def process_peak_bytes() -> int | None:
-    """The largest resident size of this process so far (on Linux since the last reset); None where unknown."""
+    """Peak resident size of this process (on Linux since the last reset); None where unknown."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -82,7 +82,7 @@ def process_peak_bytes() -> int | None:
 
 
 def _reset_process_peak() -> bool:
-    """Linux forgets its high-water mark when asked to."""
+    """Reset the peak resident size, which Linux allows; False elsewhere."""
     try:
         with open("/proc/self/clear_refs", "w") as refs:
             refs.write("5")

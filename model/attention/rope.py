@@ -1,4 +1,4 @@
-"""How attention knows where its tokens stand: rotations (RoPE, with its stretched forms) and ALiBi's slopes.
+"""Positions in attention: rotary embeddings (RoPE) with their context extensions, and ALiBi slopes.
 
 Dimensions: B batch, H query heads, T time, D head_dim, d the width that is rotated.
 """
