@@ -1,11 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put content at path in one step: a reader sees the old file or the new one, never half of it."""
+    """Write a file in one step: readers see either the old content or the new, never a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -48,7 +48,7 @@ def test_a_signal_loses_no_step_and_the_repetition_equals_an_undisturbed_study(w
     watcher = when_at(20, cell.path, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert ablate(file) == 128 + signal.SIGTERM
     watcher.join()
-    assert capsys.readouterr().err.endswith("stopped; the same command goes on from there\n")
+    assert capsys.readouterr().err.endswith("stopped; run the same command again to resume\n")
     run = RunDir(cell.path)
     assert 20 <= run.latest().step == run.metrics()[-1]["step"] < 150
     assert not (file.with_suffix("") / "failures.jsonl").exists()
@@ -111,7 +111,7 @@ def test_a_stopped_study_of_several_jobs_saves_all_that_run(write_study, one_thr
     when_at(30, first.path, lambda: when_at(30, second.path, lambda: started.send_signal(number)).join()).join()
     _, err = started.communicate(timeout=PATIENCE_S)
     assert started.returncode == 128 + number
-    assert err.endswith("stopped; the same command goes on from there\n")
+    assert err.endswith("stopped; run the same command again to resume\n")
     for cell in (first, second):
         assert 30 <= RunDir(cell.path).latest().step == runner.last_step(cell.path) < 4000
 

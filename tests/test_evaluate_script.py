@@ -85,7 +85,7 @@ def test_the_table_has_the_four_digits_that_training_prints(program, run_copy):
         (["--stream", "--window", 4, "--n-sink", -1], "--n-sink (-1) must be at least 0"),
         (["--stream", "--length", 99999], "--length (99999) is more than the "),
         (["--recall", "--context", 2, "--tokens", 60], "--recall: a context of 2 tokens is too short to ask anything"),
-        (["--text", "nowhere.txt"], "nowhere.txt: there is no such file or folder"),
+        (["--text", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["--device", "abacus"], "device (abacus) is unknown"),
     ],
 )
