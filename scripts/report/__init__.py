@@ -1,4 +1,4 @@
-"""What runs came to: tables, intervals over seeds, plots, one page."""
+"""Reports on finished runs: tables, confidence intervals over seeds, plots, and an HTML page."""
 
 from scripts.report.figure import known as known
 from scripts.report.figure import new_figure as new_figure
