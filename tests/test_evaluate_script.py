@@ -104,7 +104,7 @@ def test_learned_positions_cannot_be_left(program, tmp_path):
     (tmp_path / "long.txt").write_text(LINE * 9, encoding="utf-8")
     text = ("--text", tmp_path / "long.txt", "--device", "cpu")
     for wrong in (["--context", 17], ["--stream", "--window", 4], ["--recall", "--context", 20]):
-        program(script.main, tmp_path / "run", *wrong, *text).assert_refused("the 16 of the learned positions")
+        program(script.main, tmp_path / "run", *wrong, *text).assert_refused("the 16 learned positions")
 
 
 def test_a_tokenizer_that_joins_letters_cannot_be_asked(program, run_copy, monkeypatch):

@@ -38,8 +38,12 @@ def test_contexts_are_doubled_and_rope_over_all_tokens_is_stretched_with_them(ru
     [
         ({"position": "learned"}, 1, "the learned positions of this model limit the context to 16 tokens"),
         ({"position": "alibi"}, 3, "no layer has unscaled RoPE without a window, so there is nothing to scale"),
-        ({"pattern": "swa", "window": 4}, 3, "no layer has plain RoPE over all tokens"),
-        ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 4}, 3, "no layer has plain RoPE over all tokens"),
+        ({"pattern": "swa", "window": 4}, 3, "no layer has unscaled RoPE without a window"),
+        (
+            {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 4},
+            3,
+            "no layer has unscaled RoPE without a window",
+        ),
     ],
     ids=str,
 )
