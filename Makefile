@@ -1,4 +1,4 @@
-# Each target does its own set-up in .venv; the second time it is there. Without make, the README has the same commands.
+# Every target first sets up .venv if necessary. The README has the same commands for use without make.
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -16,7 +16,7 @@ test-all: .venv/ready
 coverage: .venv/ready
 	$(PY) -m pytest -m "not gpu" -n logical --maxprocesses 4 --cov --cov-report=term
 
-# The long forms: processes killed at any moment, damaged and full disks.
+# Slow fault-injection tests: processes killed at any moment, damaged files, full disks.
 faults: .venv/ready
 	$(PY) -m pytest -m "not gpu" tests/test_faults.py tests/test_parallel.py tests/test_resume.py tests/test_killed.py tests/test_full_disk.py \
 	  tests/test_ablate_stops.py

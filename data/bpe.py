@@ -1,4 +1,4 @@
-"""Learn a byte-level BPE vocabulary from text with the `tokenizers` library, in the form that tiktoken wants."""
+"""Train a byte-level BPE vocabulary with the `tokenizers` library and convert it to tiktoken's format."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import tokenizers
 
-# GPT-4's way to split text into words, with at most two digits a token, which suits small vocabularies.
+# GPT-4's pre-tokenization pattern, but with at most two digits per token, which suits small vocabularies.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_STRETCH = r"[\s\S]{1,500}"  # learning takes quadratic time in the length of a word; a page of blanks would be one
-LEARN_BYTES = 1 << 28  # a vocabulary learned from the first 256 MiB hardly differs from one learned from more
+_STRETCH = r"[\s\S]{1,500}"  # training is quadratic in the length of a word, and a page of blanks would be one word
+LEARN_BYTES = 1 << 28  # a vocabulary trained on the first 256 MiB hardly differs from one trained on more
 
 
 def learn_ranks(texts: Iterable[str], *, n_ranks: int) -> dict[bytes, int]:
-    """Return n_ranks ranks, 256 of them the single bytes; fewer where no pair of tokens occurs twice any more."""
+    """Return n_ranks ranks, including the 256 single bytes; fewer if the text has too few repeated pairs to merge."""
     return ranks_of(learn(texts, n_ranks=n_ranks).to_str())
 
 
 def learn(texts: Iterable[str], *, n_ranks: int) -> "tokenizers.Tokenizer":
-    """Train a `tokenizers.Tokenizer`; the same texts give the same one."""
+    """Train a `tokenizers.Tokenizer`; deterministic for the same texts."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -39,7 +39,7 @@ def learn(texts: Iterable[str], *, n_ranks: int) -> "tokenizers.Tokenizer":
 
 
 def ranks_of(tokenizer_json: str) -> dict[bytes, int]:
-    """Convert a trained tokenizer: bytes have their value as rank, merged tokens follow in the order of learning."""
+    """Convert a trained tokenizer: each byte's rank is its value; merged tokens follow in the order of their merges."""
     vocabulary: dict[str, int] = json.loads(tokenizer_json)["model"]["vocab"]
     byte_of = byte_of_letter()
     learned = sorted((token for token in vocabulary if len(token) > 1), key=vocabulary.__getitem__)
@@ -58,7 +58,7 @@ def _head(texts: Iterable[str]) -> Iterator[str]:
 
 
 def byte_of_letter() -> dict[str, int]:
-    """Undo GPT-2's writing of bytes as letters: printable bytes stand for themselves, the others follow from 256 on."""
+    """Invert GPT-2's byte-to-unicode mapping: printable bytes map to themselves, the others to characters from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(256) if value not in printable]
     return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}

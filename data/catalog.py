@@ -1,4 +1,4 @@
-"""The texts that have a name, and the one way to open any text."""
+"""The named texts, and `open_text`, which opens any text by name or path."""
 
 import difflib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from model.errors import UserError
 
 CACHE = Path(__file__).parent / "cache"
 
-# Fetched by ourselves: `datasets` opens https addresses only with aiohttp, which it does not bring along.
+# Fetched directly: `datasets` needs aiohttp for https URLs but does not install it.
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -51,7 +51,7 @@ NAMES = ("pydocs", "shakespeare", "recall", *(source.name for source in HUB_TEXT
 
 
 def open_text(text: str) -> Text:
-    """Open a named text, or the files at a path; reading starts when a split is called."""
+    """Open a named text, or the file or folder at a path; nothing is read until a split is called."""
     if text == "pydocs":
         return _pydocs()
     if text == "shakespeare":
@@ -65,12 +65,10 @@ def open_text(text: str) -> Text:
     if path.exists():
         return open_files(path)
     if path.suffix or len(path.parts) > 1:
-        raise UserError(
-            f"{text}: there is no such file or folder; give a {', '.join(SUFFIXES)} file or a folder of them"
-        )
+        raise UserError(f"{text}: no such file or folder; give a {', '.join(SUFFIXES)} file or a folder of such files")
     near = difflib.get_close_matches(text, NAMES, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else "choose one of them"
-    raise UserError(f"text {text!r} is none of {', '.join(NAMES)}, nor a file or folder here; {advice}")
+    raise UserError(f"text {text!r} must be one of {', '.join(NAMES)}, or a file or folder; {advice}")
 
 
 def _pydocs() -> Text:
@@ -102,7 +100,7 @@ def _recall() -> Text:
     return Text(
         name="recall",
         origin="generated, see data/recall.py",
-        identity=f"1 {recall.DOCUMENTS}",  # raise the first number when the same would be another text
+        identity=f"1 {recall.DOCUMENTS}",  # raise the first number whenever the generated text changes
         splits={"train": lambda: pieces("train"), "val": lambda: pieces("val")},
         approx_bytes={split: n * recall.LENGTH for split, n in recall.DOCUMENTS.items()},
     )

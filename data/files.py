@@ -1,4 +1,4 @@
-"""Your own text: a .txt, .md, .jsonl or .parquet file, or a folder of them."""
+"""Your own text: a .txt, .md, .jsonl or .parquet file, or a folder of such files."""
 
 import codecs
 import json
@@ -13,7 +13,7 @@ PIECE_CHARS = 1 << 20  # a plain file is read in pieces of about this many chara
 
 
 def open_files(path: Path) -> Text:
-    """Describe the text in a file, or in a folder's files in the order of their names; nothing is read yet."""
+    """Describe the text of a file, or of all files of a folder in order of their names; nothing is read yet."""
     files = _list_files(path)
     stats = [(file, file.stat()) for file in files]
     return Text(
@@ -39,12 +39,12 @@ def _list_files(path: Path) -> list[Path]:
         if file.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not files:
-        raise UserError(f"{path}: the folder has {len(inside)} files, none of them {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: the folder has {len(inside)} files, but no {', '.join(SUFFIXES)} file")
     return files
 
 
 def read_file(path: Path) -> Iterator[Piece]:
-    """Yield a file's pieces: a plain file is one document; each line of .jsonl and each row of .parquet is one."""
+    """Yield a file's pieces: plain text is one document; each line of a .jsonl or row of a .parquet file is one."""
     match path.suffix.lower():
         case ".jsonl":
             return _read_jsonl(path)
@@ -54,7 +54,7 @@ def read_file(path: Path) -> Iterator[Piece]:
 
 
 def _read_plain(path: Path) -> Iterator[Piece]:
-    """Cut at line ends, so that files of any size need little memory; line ends are read as \\n, as Python does."""
+    """Read piece by piece, cut at line ends, so that large files need little memory; all line ends become \\n."""
     with open(path, encoding="utf-8-sig") as file:
         try:
             piece = file.read(PIECE_CHARS) + file.readline(PIECE_CHARS)
@@ -80,10 +80,10 @@ def _text_of_line(line: str, where: str) -> Iterator[Piece]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: not a line of JSON ({error}); each line must be an object with a text") from None
+        raise UserError(f"{where}: invalid JSON ({error}); each line must be an object with a 'text' key") from None
     if not isinstance(record, dict) or "text" not in record:
         has = f"columns {', '.join(map(repr, record))}" if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: no column 'text', it has {has}; rename the one that holds the text to 'text'")
+        raise UserError(f"{where}: no column 'text', it has {has}; rename the column with the text to 'text'")
     text = record["text"]
     if not isinstance(text, str | None):
         raise UserError(f"{where}: 'text' is {text!r:.40}; it must be a string")
@@ -98,20 +98,20 @@ def _read_parquet(path: Path) -> Iterator[Piece]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); copy it again") from None
+        raise UserError(f"{path}: damaged parquet file ({str(error).splitlines()[0]}); copy it again") from None
     with file:
         schema = file.schema_arrow
         if "text" not in schema.names:
             columns = ", ".join(map(repr, schema.names))
-            raise UserError(f"{path}: no column 'text', it has columns {columns}; rename the one that holds the text")
+            raise UserError(f"{path}: no column 'text', it has columns {columns}; rename the column with the text")
         if not (pa.types.is_string(schema.field("text").type) or pa.types.is_large_string(schema.field("text").type)):
-            raise UserError(f"{path}: 'text' is a column of {schema.field('text').type}; it must be of strings")
+            raise UserError(f"{path}: column 'text' has type {schema.field('text').type}; it must hold strings")
         for batch in file.iter_batches(batch_size=1024, columns=["text"]):
             yield from (Piece(text) for text in batch.column("text").to_pylist() if text)
 
 
 def _not_utf8(path: Path) -> UserError:
-    """Find the first byte that is not UTF-8 and say how to convert the file."""
+    """An error that names the first byte that is not UTF-8 and the command that converts the file."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     seen = offset = 0
     with open(path, "rb") as file:
@@ -123,7 +123,7 @@ def _not_utf8(path: Path) -> UserError:
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                offset = seen - (len(error.object) - len(block)) + error.start  # the decoder had kept some bytes
+                offset = seen - (len(error.object) - len(block)) + error.start  # the decoder buffers partial characters
                 break
             seen += len(block)
     return UserError(

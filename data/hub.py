@@ -1,4 +1,4 @@
-"""Texts that `datasets` loads: parquet or plain text, never a dataset script."""
+"""Texts loaded with Hugging Face `datasets`: parquet or plain text, never a dataset script."""
 
 import errno
 import itertools
@@ -11,22 +11,22 @@ from data.network import reachable
 from data.text import Piece, Text
 from model.errors import UserError
 
-_TITLE = re.compile(r" = [^=].* = ")  # a wikitext article's heading; " = = " starts a section's
+_TITLE = re.compile(r" = [^=].* = ")  # the heading of a wikitext article; section headings start with " = = "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubText:
-    """How to ask `datasets` for a text."""
+    """The arguments with which `datasets` loads a text."""
 
     name: str
     origin: str
-    builder: str  # a repository of the hub, or "parquet" or "text" for files
+    builder: str  # a repository on the hub, or "parquet" or "text" for local files
     config: str | None = None
     data_files: Mapping[str, str] | None = None  # for "parquet" and "text": split -> path
-    splits: Mapping[str, str]  # our split -> the source's
-    held_out: int = 0  # documents at the head of the training split that are the validation split
-    streaming: bool = False  # read over the network, without a copy on this disk
-    articles: bool = False  # rows are lines; join them into articles at the headings
+    splits: Mapping[str, str]  # "train" or "val" -> the name of the split in the source
+    held_out: int = 0  # number of documents at the start of the training split that serve as validation split
+    streaming: bool = False  # read over the network without storing a local copy
+    articles: bool = False  # rows are lines: join them into articles at the headings
     approx_bytes: Mapping[str, int]
 
 
@@ -53,7 +53,7 @@ def documents(source: HubText, split: str) -> Iterator[str]:
 
 
 def _rows(source: HubText, split: str) -> Iterator[str]:
-    """Yield the `text` column; every way in which a network fails becomes one line of advice."""
+    """Yield the `text` column; any network failure becomes a one-line error with advice."""
     import datasets
 
     on_hub = "/" in source.builder
@@ -75,14 +75,14 @@ def _rows(source: HubText, split: str) -> Iterator[str]:
         why = str(error).partition("\n")[0]
         cached = "it is always read over the network" if source.streaming else "it is not in the cache of `datasets`"
         raise UserError(
-            f"{source.name}: {why}, and {cached}; run the same command where there is a network "
-            "(the prepared folder can be copied), or use pydocs, which needs none"
+            f"{source.name}: {why}, and {cached}; run the same command on a machine with a network "
+            "(the prepared folder can be copied), or use pydocs, which needs no network"
         ) from None
 
 
 @contextmanager
 def _offline_when_unreachable(on_hub: bool) -> Iterator[None]:
-    """Make `datasets` go to its cache at once when the hub does not answer; by itself it tries for half a minute."""
+    """Make `datasets` use its cache immediately if the hub is unreachable; by default it retries for half a minute."""
     import datasets
     from huggingface_hub import constants
 
@@ -98,7 +98,7 @@ def _offline_when_unreachable(on_hub: bool) -> Iterator[None]:
 
 
 def _articles(lines: Iterator[str]) -> Iterator[str]:
-    """Join lines into articles; a heading is a ` = Title = ` after an empty line."""
+    """Join lines into articles; an article begins with a line ` = Title = ` after an empty line."""
     article: list[str] = []
     for line in lines:
         line = line.rstrip("\n")

@@ -28,7 +28,7 @@ _HASH_CHUNK = 1 << 20  # tokens
 
 
 class TokenSource(Protocol):
-    """Token ids that can be read anywhere."""
+    """Token ids with random access."""
 
     @property
     def n_tokens(self) -> int: ...
@@ -44,34 +44,34 @@ class TokenArray:
     """Token ids in memory."""
 
     ids: np.ndarray  # (n_tokens,)
-    name: str  # for messages
+    name: str  # for error messages
 
     @property
     def n_tokens(self) -> int:
         return len(self.ids)
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """Return the n ids from start on, (n,)."""
+        """Return n ids starting at `start`, (n,)."""
         assert 0 <= start <= start + n <= self.n_tokens, f"{start} + {n} is beyond {self.n_tokens} tokens"
         return self.ids[start : start + n]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A file of token ids. Reading copies from the file: a map of it would count as memory of ours."""
+    """A file of token ids. Reads copy from the file: a memory map would count towards the process's memory."""
 
     path: Path
     dtype: np.dtype
     n_tokens: int
-    name: str  # "train" or "val", for messages
+    name: str  # "train" or "val", for error messages
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """Return the n ids from start on, (n,) in the file's dtype."""
+        """Return n ids starting at `start`, (n,) in the file's dtype."""
         assert 0 <= start <= start + n <= self.n_tokens, f"{start} + {n} is beyond {self.n_tokens} tokens"
         size = self.dtype.itemsize
         content = _read_at(self._file.fileno(), n * size, start * size)
         if len(content) != n * size:
-            raise UserError(f"{self.path}: cut short while in use; prepare the text again")
+            raise UserError(f"{self.path}: truncated while in use; prepare the text again")
         return np.frombuffer(content, dtype=self.dtype)
 
     @cached_property
@@ -87,7 +87,7 @@ def _read_at(descriptor: int, n: int, offset: int) -> bytes:
 
 
 class TrainLoader:
-    """Blocks of a split in random order, each once an epoch; every epoch has an order and an offset of its own."""
+    """Blocks of a split in random order, each once per epoch; every epoch draws a new order and a new offset."""
 
     def __init__(self, tokens: Tokens, *, block_size: int, global_rows: int, seed: int) -> None:
         if tokens.n_tokens < block_size + 1:
@@ -99,46 +99,46 @@ class TrainLoader:
         self.block_size = block_size
         self.global_rows = global_rows
         self.seed = seed
-        # One block fewer than fit, where there are several, leaves room for offsets: in time every token is seen.
+        # Use one block fewer than would fit, so that the random offset of each epoch can reach every token.
         self.blocks_per_epoch = max(1, tokens.n_tokens // block_size - 1)
         self._n_offsets = tokens.n_tokens - self.blocks_per_epoch * block_size
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def rows(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
-        """Return idx and targets, (B, T) int64 each, of these rows of the step's global batch."""
+        """Return idx and targets, (B, T) int64 each, for these rows of the step's global batch."""
         n = self.block_size + 1
         blocks = np.stack([self.tokens.read(start, n) for start in self.starts(step, rows)])  # (B, T + 1)
         ids = torch.from_numpy(blocks.astype(np.int64))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def starts(self, step: int, rows: range) -> list[int]:
-        """Return where in the split's tokens these rows of the step's global batch begin."""
+        """Return the index in the split of the first token of each of these rows of the step's global batch."""
         return [self._start(step * self.global_rows + row) for row in rows]
 
     def batches(self, first: int, last: int, micro: int, rows: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield these rows, or all, of the steps from first up to last, `micro` of them at a time."""
+        """Yield these rows (default: all) of steps first to last - 1, in micro-batches of `micro` rows."""
         rows = range(self.global_rows) if rows is None else rows
         for step in range(first, last):
             for start in range(0, len(rows), micro):
                 yield self.rows(step, rows[start : start + micro])
 
     def epoch(self, step: int) -> float:
-        """Say how many times the split has been seen when a step begins."""
+        """The number of epochs completed when a step begins."""
         return step * self.global_rows / self.blocks_per_epoch
 
     def _start(self, row: int) -> int:
-        """Find a row, counted from the start of training, in the order of its epoch."""
+        """The first token of a row, where rows are numbered from the start of training."""
         epoch, place = divmod(row, self.blocks_per_epoch)
         offset, order = self._order(epoch)
         return offset + int(order[place]) * self.block_size
 
     def _order(self, epoch: int) -> tuple[int, np.ndarray]:
-        """Return an epoch's offset in tokens and its permutation of the blocks; a batch can touch two epochs."""
+        """An epoch's offset in tokens and its permutation of the blocks; cached, as a batch can span two epochs."""
         if epoch not in self._orders:
             random = np.random.default_rng([self.seed, epoch])
             offset = int(random.integers(self._n_offsets))
             order = random.permutation(np.arange(self.blocks_per_epoch, dtype=np.uint32))
-            self._orders = {kept: self._orders[kept] for kept in self._orders if abs(kept - epoch) == 1}
+            self._orders = {cached: self._orders[cached] for cached in self._orders if abs(cached - epoch) == 1}
             self._orders[epoch] = (offset, order)
         return self._orders[epoch]
 
@@ -163,8 +163,8 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (idx, targets), (B, T) int64, over the split's first max_tokens targets, each exactly once and in order.
 
-    Each window begins `stride` tokens after the one before and counts only the targets that are new; none: block_size,
-    windows do not overlap. The last may be short: it is filled with id 0 and targets that are ignored.
+    Each window begins `stride` tokens after the previous one (default: block_size, no overlap), and only targets that
+    no earlier window has scored count. A short last window is padded with id 0 and ignored targets.
     """
     stride = block_size if stride is None else stride
     n_targets = _n_targets(tokens, max_tokens)
@@ -180,14 +180,14 @@ def eval_batches(
         idx, targets = (
             np.lib.stride_tricks.sliding_window_view(x, block_size)[::stride].copy() for x in (idx, targets)
         )
-        targets[0 if window else 1 :, : block_size - stride] = IGNORED  # counted by the window before
+        targets[0 if window else 1 :, : block_size - stride] = IGNORED  # scored in the previous window
         yield torch.from_numpy(idx), torch.from_numpy(targets)
 
 
 def stream_hash(
     tokens: TokenSource, block_size: int, max_tokens: int | None = None, *, stride: int | None = None
 ) -> str:
-    """Identify what `eval_batches` asks of a model: the same hash means the same targets after the same contexts."""
+    """Hash of the evaluation stream: equal hashes mean equal targets, each predicted from the same context."""
     n_tokens = _n_targets(tokens, max_tokens) + 1
     overlap = f"{stride} " if stride not in (None, block_size) else ""
     digest = hashlib.sha256(f"{block_size} {overlap}{n_tokens} ".encode())
@@ -198,10 +198,10 @@ def stream_hash(
 
 def _n_targets(tokens: TokenSource, max_tokens: int | None) -> int:
     if tokens.n_tokens < 2:
-        raise UserError(f"{tokens.name} split has {tokens.n_tokens} tokens, nothing to predict; use more text")
+        raise UserError(f"{tokens.name} split has {tokens.n_tokens} tokens and must have at least 2; use more text")
     return tokens.n_tokens - 1 if max_tokens is None else min(max_tokens, tokens.n_tokens - 1)
 
 
 def _fitting(n_tokens: int) -> int:
-    """Suggest the largest power of two that leaves a target for every position."""
+    """The largest power of two that leaves a target for every position."""
     return 1 << (n_tokens - 1).bit_length() - 1

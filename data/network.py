@@ -1,4 +1,4 @@
-"""The little that Sash asks of a network, with time limits, so that being offline is noticed at once."""
+"""Network access with timeouts, so that being offline is noticed immediately."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ TIMEOUT_S = 5
 
 
 def reachable(url: str) -> bool:
-    """Say whether the server of a URL answers at all, within a few seconds."""
+    """Whether the server of a URL answers within TIMEOUT_S seconds."""
     import requests
 
     try:
@@ -21,12 +21,12 @@ def reachable(url: str) -> bool:
 
 
 def fetch(url: str, path: Path, *, sha256: str) -> Path:
-    """Return path, downloading it first if it is missing; what arrives must have the given hash."""
+    """Return path, downloading the file first if it is missing and checking its hash."""
     if path.exists():
         return path
     import requests
 
-    advice = f"download it where there is a network and put it at {path}, or use pydocs, which needs none"
+    advice = f"download it on a machine with a network and copy it to {path}, or use pydocs, which needs no network"
     try:
         answer = requests.get(url, timeout=TIMEOUT_S)
         answer.raise_for_status()

@@ -1,8 +1,8 @@
-"""Turn a text into token files: once, resumable, and never half-written under the final name.
+"""Tokenize a text into token files: done once, resumable, and never half-written under the final name.
 
-All work happens in a `.partial` folder. A batch of tokens is appended and synced before state.json says so, thus a
-restart cuts the file back to what state.json says and goes on from there; the folder gets its final name at the end.
-Every document is followed by the end-of-text token.
+All work happens in a `.partial` folder, which is renamed at the end. A batch of tokens is appended and synced before
+state.json records it, so a restart truncates the file to the recorded length and continues from there. Every document
+is followed by the end-of-text token.
 """
 
 import errno
@@ -29,14 +29,14 @@ from model.errors import UserError
 
 __all__ = ["Meta", "Prepared", "SplitMeta", "open_prepared", "prepare"]
 
-BATCH_BYTES = 8 << 20  # text tokenized between two records of progress
+BATCH_BYTES = 8 << 20  # bytes of text tokenized between two saves of state.json
 VAL_FRACTION = 0.1
-_VERSION = "1"  # raise it when the same text would give other tokens
+_VERSION = "1"  # raise it when a change here would give other tokens for the same text
 _STATE = "state.json"
 
 
 def prepare(text: str, tokenizer: str, *, root: Path = Path("data/prepared"), progress: bool = True) -> Prepared:
-    """Open the prepared form of a text, making it if it is missing; text may also be a prepared folder."""
+    """Open a prepared text, preparing it first if necessary; `text` may also be the path of a prepared folder."""
     if (Path(text) / META).is_file():
         return _open_folder(Path(text), tokenizer)
     check_name(tokenizer)
@@ -54,7 +54,7 @@ def prepare(text: str, tokenizer: str, *, root: Path = Path("data/prepared"), pr
 
 
 def folder_name(source: Text, tokenizer: str) -> str:
-    """Name the folder after text and tokenizer, with a hash of all that the tokens depend on."""
+    """The folder's name: text, tokenizer, and a hash of everything that the tokens depend on."""
     saved = _saved(tokenizer)
     identity, name = (saved.digest, saved.name) if saved else (tokenizer, tokenizer)
     key = hashlib.sha256("\n".join([_VERSION, source.name, source.identity, identity]).encode()).hexdigest()[:8]
@@ -63,7 +63,7 @@ def folder_name(source: Text, tokenizer: str) -> str:
 
 
 def _saved(tokenizer: str) -> Tokenizer | None:
-    """The tokenizer that is given by its path."""
+    """The saved tokenizer, if `tokenizer` is a path; otherwise None."""
     file = saved_file(tokenizer)
     return None if file is None else Tokenizer.load(file)
 
@@ -73,14 +73,15 @@ def _open_folder(folder: Path, tokenizer: str) -> Prepared:
     same = saved.digest == prepared.tokenizer.digest if saved else False
     if not same and tokenizer not in (prepared.meta.tokenizer, prepared.tokenizer.name):
         raise UserError(
-            f"{folder}: prepared with tokenizer {prepared.meta.tokenizer}, not {tokenizer}; ask for that one"
+            f"{folder}: prepared with tokenizer {prepared.meta.tokenizer}, not {tokenizer}; "
+            f"set data.tokenizer to {prepared.meta.tokenizer}"
         )
     return prepared
 
 
 @dataclass(slots=True)
 class _Done:
-    """How far a split has come."""
+    """Progress of a split."""
 
     pieces: int = 0
     n_tokens: int = 0
@@ -90,9 +91,9 @@ class _Done:
 
 @dataclass(slots=True)
 class _State:
-    """What a restart needs to know."""
+    """Progress of the preparation, saved so that it can be resumed."""
 
-    total_bytes: int | None = None  # of the text, counted where the last tenth is the validation split
+    total_bytes: int | None = None  # size of the text; measured only if its last tenth is the validation split
     splits: dict[str, _Done] = field(default_factory=lambda: {name: _Done() for name in SPLITS})
 
     def save(self, folder: Path) -> None:
@@ -118,12 +119,12 @@ def _make(source: Text, tokenizer_name: str, directory: Path, progress: bool) ->
 
 
 def _fill(partial: Path, state: _State, source: Text, tokenizer_name: str, progress: bool) -> None:
-    """Write all files of a prepared text, going on from where the state says."""
+    """Write all files of a prepared text, resuming from the saved state."""
     splits = _splits(source, state, partial, progress)
     if (partial / TOKENIZER).exists():
         tokenizer = Tokenizer.load(partial / TOKENIZER)
     else:
-        learn_from = SPLITS if tokenizer_name == "char" else ("train",)  # char must be able to write all of it
+        learn_from = SPLITS if tokenizer_name == "char" else ("train",)  # char must cover both splits
         tokenizer = make_tokenizer(tokenizer_name, lambda: _read_all(source, splits, learn_from, progress))
         tokenizer.save(partial / TOKENIZER)
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
@@ -147,7 +148,7 @@ def _fill(partial: Path, state: _State, source: Text, tokenizer_name: str, progr
 def _tokenize(
     pieces: Iterator[Piece], path: Path, tokenizer: Tokenizer, dtype: np.dtype, state: _State, done: _Done, bar: tqdm
 ) -> None:
-    """Append the pieces that are not done yet to the token file, recording progress after each batch."""
+    """Append the remaining pieces to the token file, saving progress after each batch."""
     bar.update(done.n_bytes)
     with open(path, "ab") as file:
         file.truncate(done.n_tokens * dtype.itemsize)
@@ -167,7 +168,7 @@ def _tokenize(
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Gather pieces into batches of about BATCH_BYTES."""
+    """Group pieces into batches of about BATCH_BYTES."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -184,7 +185,7 @@ Splits = dict[str, Callable[[], Iterator[Piece]]]
 
 
 def _splits(source: Text, state: _State, partial: Path, progress: bool) -> Splits:
-    """Give the source's own splits, or its last tenth for validation, which takes one pass to measure."""
+    """The source's own splits; without a validation split, hold out the last tenth, which takes a pass to measure."""
     train = source.splits["train"]
     if source.own_val:
         return dict(source.splits)
@@ -195,8 +196,8 @@ def _splits(source: Text, state: _State, partial: Path, progress: bool) -> Split
                 total += len(piece.text.encode())
                 bar.update(len(piece.text.encode()))
         if int(total * VAL_FRACTION) == 0:
-            size = f"has {total} bytes, too few to keep a tenth for validation" if total else "is empty"
-            raise UserError(f"{source.name}: the text {size} ({source.origin}); give a longer one")
+            size = f"has {total} bytes, too few to hold out a tenth for validation" if total else "is empty"
+            raise UserError(f"{source.name}: the text {size} ({source.origin}); use a longer text")
         state.total_bytes = total
         state.save(partial)
     cut = state.total_bytes - int(state.total_bytes * VAL_FRACTION)
@@ -204,7 +205,7 @@ def _splits(source: Text, state: _State, partial: Path, progress: bool) -> Split
 
 
 def until(pieces: Iterator[Piece], cut: int) -> Iterator[Piece]:
-    """Yield the first `cut` bytes, up to the next whole character; the cut ends a document."""
+    """Yield the first `cut` bytes, rounded up to a whole character; the cut ends a document."""
     left = cut
     for piece in pieces:
         content = piece.text.encode()
@@ -216,7 +217,7 @@ def until(pieces: Iterator[Piece], cut: int) -> Iterator[Piece]:
 
 
 def beyond(pieces: Iterator[Piece], cut: int) -> Iterator[Piece]:
-    """Yield what `until` leaves."""
+    """Yield everything after the part that `until` yields."""
     left = cut
     for piece in pieces:
         content = piece.text.encode()
@@ -228,7 +229,7 @@ def beyond(pieces: Iterator[Piece], cut: int) -> Iterator[Piece]:
 
 
 def _character_end(content: bytes, at: int) -> int:
-    """Move a cut forward over the bytes that continue a UTF-8 character."""
+    """Move a cut forward to the end of the UTF-8 character that it splits."""
     while at < len(content) and content[at] & 0xC0 == 0x80:
         at += 1
     return at
@@ -236,7 +237,7 @@ def _character_end(content: bytes, at: int) -> int:
 
 def _read_all(source: Text, splits: Splits, names: Iterable[str], progress: bool) -> Iterator[str]:
     total = sum(source.approx_bytes.get(name, 0) for name in names)
-    with _bar("learning the vocabulary", total or None, progress) as bar:
+    with _bar("training the tokenizer", total or None, progress) as bar:
         for piece in itertools.chain.from_iterable(splits[name]() for name in names):
             bar.update(len(piece.text.encode()))
             yield piece.text
@@ -249,9 +250,9 @@ def _size(source: Text, state: _State, name: str) -> int | None:
     return val if name == "val" else state.total_bytes - val
 
 
-def _bar(what: str, total: int | None, progress: bool) -> tqdm:
-    disable = None if progress else True  # None: where there is a terminal
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=disable, leave=False)
+def _bar(label: str, total: int | None, progress: bool) -> tqdm:
+    disable = None if progress else True  # None: show it only on a terminal
+    return tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=disable, leave=False)
 
 
 def _split_meta(path: Path, done: _Done) -> SplitMeta:
@@ -262,7 +263,7 @@ def _split_meta(path: Path, done: _Done) -> SplitMeta:
 
 @contextmanager
 def _only_one(directory: Path, progress: bool) -> Iterator[None]:
-    """Hold the lock for a folder, waiting while another process holds it; it is freed even by a kill."""
+    """Hold the lock of a folder, waiting while another process holds it; it is released even if killed."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(f"{directory}.lock")
@@ -270,7 +271,7 @@ def _only_one(directory: Path, progress: bool) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         if progress:
-            tqdm.write(f"{directory}: another process is preparing it; waiting")
+            tqdm.write(f"{directory}: waiting for another process that is preparing this text")
         lock.acquire()
     try:
         yield
@@ -286,5 +287,5 @@ def _full_disk_explained(directory: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{directory}: the disk is full; make room and run the same command, it goes on where it stopped"
+            f"{directory}: the disk is full; free some space and run the same command again, it resumes"
         ) from None

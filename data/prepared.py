@@ -1,4 +1,4 @@
-"""A prepared text: a folder with train.bin, val.bin, tokenizer.json and meta.json that can be copied anywhere."""
+"""A prepared text: a self-contained folder with train.bin, val.bin, tokenizer.json and meta.json."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitMeta:
-    """What one token file holds; the end-of-text tokens count as tokens and not as bytes."""
+    """Size and checksum of one token file; n_tokens includes the end-of-text tokens, n_bytes does not."""
 
     n_tokens: int
     n_bytes: int
@@ -30,14 +30,14 @@ class SplitMeta:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Meta:
-    """What made a prepared text and what it must hold."""
+    """The contents of meta.json: source, tokenizer and splits of a prepared text."""
 
     text: str
     origin: str
-    tokenizer: str  # as asked for
+    tokenizer: str  # as requested; a bpe-N trained on too small a text has fewer than N ids
     tokenizer_digest: str
     n_vocab: int
-    dtype: str  # of the ids in the token files, little-endian
+    dtype: str  # dtype of the ids in the token files, little-endian
     train: SplitMeta
     val: SplitMeta
     format: str = FORMAT
@@ -45,29 +45,29 @@ class Meta:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A prepared text that is complete and fits its tokenizer."""
+    """A prepared text, checked to be complete and to match its tokenizer."""
 
     directory: Path
     meta: Meta
     tokenizer: Tokenizer
 
     def split(self, name: str) -> Tokens:
-        """Open the tokens of "train" or "val"."""
+        """Open the token file of "train" or "val"."""
         meta: SplitMeta = getattr(self.meta, name)
         path = self.directory / f"{name}.bin"
         return Tokens(path=path, dtype=np.dtype(self.meta.dtype), n_tokens=meta.n_tokens, name=name)
 
     @cached_property
     def digest(self) -> str:
-        """Identify tokenizer and tokens, wherever the folder lies, in 16 hexadecimal digits."""
+        """Hash of tokenizer and tokens, independent of the folder's location: 16 hexadecimal digits."""
         parts = (self.meta.tokenizer_digest, self.meta.train.sha256, self.meta.val.sha256)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def summary(self) -> str:
-        """Describe the splits in a line each."""
+        """Describe the text, then each split on one line."""
         lines = [f"{self.directory}: {self.meta.text}, tokenizer {self.tokenizer.name} ({self.tokenizer.n_vocab} ids)"]
         if self.tokenizer.name != self.meta.tokenizer:
-            lines.append(f"  the text is too small to learn {self.meta.tokenizer} from; it gave {self.tokenizer.name}")
+            lines.append(f"  the text is too small for {self.meta.tokenizer}: the tokenizer is {self.tokenizer.name}")
         for name in SPLITS:
             meta: SplitMeta = getattr(self.meta, name)
             lines.append(
@@ -78,7 +78,7 @@ class Prepared:
 
 
 def open_prepared(directory: Path | str) -> Prepared:
-    """Open a prepared folder; one that is incomplete, cut short or of another tokenizer is a UserError."""
+    """Open a prepared folder. UserError if it is incomplete, truncated or has another tokenizer's tokens."""
     directory = Path(directory)
     meta = _read_meta(directory / META)
     tokenizer = Tokenizer.load(directory / TOKENIZER)
@@ -93,14 +93,14 @@ def open_prepared(directory: Path | str) -> Prepared:
         expected = split.n_tokens * np.dtype(meta.dtype).itemsize
         if size != expected:
             raise UserError(
-                f"{path}: has {size} bytes where {split.n_tokens} tokens of {meta.dtype} take {expected}; "
+                f"{path}: has {size} bytes, but {split.n_tokens} tokens of {meta.dtype} take {expected}; "
                 "delete the folder and prepare the text again"
             )
     return Prepared(directory=directory, meta=meta, tokenizer=tokenizer)
 
 
 def meta_json(meta: Meta) -> bytes:
-    """Write a Meta as JSON."""
+    """A Meta as JSON."""
     return (json.dumps(asdict(meta), indent=2) + "\n").encode()
 
 
@@ -111,7 +111,7 @@ def _read_meta(path: Path) -> Meta:
             raise UserError(f"{path}: format is {saved.get('format')!r}, not {FORMAT!r}; prepare the text again")
         return Meta(**saved | {name: SplitMeta(**saved[name]) for name in SPLITS})
     except OSError:
-        raise UserError(f"{path.parent}: not a prepared text, it has no {path.name}") from None
+        raise UserError(f"{path.parent}: not a prepared text: {path.name} is missing") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UserError):
             raise

@@ -1,7 +1,7 @@
-"""pydocs: the text that every Python installation carries, written as one manual. Sources are parsed, never imported.
+"""pydocs: the documentation that ships with every Python, as one text. Sources are parsed, never imported.
 
-Two parts, in one layout (a starred heading, a signature, a description indented by three spaces):
-the language reference of `pydoc_data/topics.py`, and the docstrings of the standard library, one document a module.
+It has two parts with one layout (a starred heading, a signature, a description indented by three spaces): the language
+reference from `pydoc_data/topics.py`, and the docstrings of the standard library, one document per module.
 """
 
 import ast
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from model.errors import UserError
 
-# Not documentation that reads well: tests, tables made by programs, and what other people installed.
+# Skipped because they do not read as documentation: tests, generated tables, and installed packages.
 _SKIPPED_FOLDERS = {
     "site-packages",
     "dist-packages",
@@ -28,13 +28,13 @@ _SKIPPED_FOLDERS = {
     "pydoc_data",
 }
 _SKIPPED_FILES = re.compile(r"_sysconfig.*|_sitebuiltins.*|sitecustomize\.py|.*_data\.py")
-_SHORTEST = 200  # characters; below this a module says too little to be a document
+_SHORTEST = 200  # characters; modules with less text are left out
 
 _Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def documents() -> Iterator[str]:
-    """Yield the documents in an order that is random but always the same: by the hash of the document's name."""
+    """Yield the documents in a fixed pseudo-random order, by the hash of their names."""
     yield from _documents()
 
 
@@ -45,7 +45,7 @@ def _documents() -> list[str]:
 
 
 def identity() -> str:
-    """Name what the text depends on: Python's version and the source files that this installation has."""
+    """Everything that the text depends on: Python's version, and the names and sizes of the source files."""
     files = [f"{path.relative_to(_library()).as_posix()} {path.stat().st_size}" for path in _sources()]
     return "\n".join([platform.python_version(), *files])
 
@@ -65,13 +65,13 @@ def _sources() -> list[Path]:
     ]
     if not found:
         raise UserError(
-            f"pydocs: this Python has no library sources in {root}; use another Python or a text of your own"
+            f"pydocs: this Python has no standard library sources in {root}; use another Python or your own text"
         )
     return found
 
 
 def _topics() -> dict[str, str]:
-    """Read the language reference, leaving out topics that repeat what a longer one says."""
+    """Read the language reference, dropping topics that mostly repeat a longer one."""
     path = _library() / "pydoc_data" / "topics.py"
     if not path.exists():
         return {}
@@ -88,7 +88,7 @@ def _topics() -> dict[str, str]:
 
 
 def _modules() -> dict[str, str]:
-    """Write one document for every module that has something to say."""
+    """Write one document for each module with enough documentation."""
     texts = {}
     for path in _sources():
         name = ".".join(path.relative_to(_library()).with_suffix("").parts).removesuffix(".__init__")
@@ -142,6 +142,6 @@ def _indent(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Drop trailing blanks and runs of empty lines; end with one line end."""
+    """Drop trailing blanks and repeated empty lines; end with a single newline."""
     lines = "\n".join(line.rstrip() for line in text.expandtabs().splitlines())
     return re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n"

@@ -1,11 +1,11 @@
-"""recall: a generated text in which every letter stands for another, which only its own document tells.
+"""recall: a synthetic text of key-value pairs, different in every document, that tests recall by distance.
 
-    gUcM#81976gUmJcM#81976...     here g means U, c means M and # means 81976: in the next document something else
+    gUcM#81976gUmJcM#81976...     here g maps to U, c to M and # to 81976; the next document has other values
 
-Each key, a small letter, is followed by its value, a capital (multi-query associative recall, 2312.04927); `#` is
-followed by a passkey of five digits. Values are drawn once for a document, all alike, so that nothing but the key's
-earlier occurrences tells its value. How far back the last of them lies follows a power law, so that every octave of
-distances has its questions.
+Each key, a lower-case letter, is followed by its value, an upper-case letter (multi-query associative recall,
+2312.04927); `#` is followed by a passkey of five digits. Values are drawn uniformly, once per document, so a value can
+only be predicted from an earlier occurrence of its key. The distance back to the last occurrence follows a power law,
+so that every octave of distances has questions.
 """
 
 import random
@@ -17,38 +17,38 @@ from string import ascii_lowercase, ascii_uppercase
 
 KEYS, VALUES = ascii_lowercase[:16], ascii_uppercase
 PASSKEY, PASSKEY_DIGITS = "#", 5
-CHANCE = 1 / len(VALUES)  # of guessing a letter's value
-DISTANCE, TAIL = 512, 0.3  # characters back that are asked for at most, but for older keys; how rare the far ones are
-LENGTH = 8 * DISTANCE  # of a document
-DOCUMENTS = {"train": 1024, "val": 64}  # of the text
+CHANCE = 1 / len(VALUES)  # accuracy of guessing a letter's value
+DISTANCE, TAIL = 512, 0.3  # of the power law of distances: its largest, in characters, and its exponent
+LENGTH = 8 * DISTANCE  # characters of a document
+DOCUMENTS = {"train": 1024, "val": 64}  # documents of each split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A key that occurred before in its document."""
+    """A key that occurred earlier in its document."""
 
     key: str
-    at: int  # where it stands: its value comes next
-    distance: int  # from there to the value it had the last time; visible at once where distance < window
+    at: int  # index of the key in the document; its value comes next
+    distance: int  # from the key back to its previous value; within one window if distance < window
 
 
 def documents(split: str, *, length: int = LENGTH) -> Iterator[str]:
-    """Yield the documents of "train" or "val" without end, `length` characters each."""
+    """Yield an endless stream of documents of "train" or "val", `length` characters each."""
     for n in count():
         yield _document(random.Random(f"recall {split} {n}").random, length)
 
 
 def _document(draw: Callable[[], float], length: int) -> str:
-    """One document; `draw` is uniform in [0, 1), the one method whose numbers Python promises to keep."""
+    """Generate a document; `draw` is random.random, the one method whose sequence Python guarantees across versions."""
     items = {key: key + VALUES[int(draw() * len(VALUES))] for key in KEYS}
     items[PASSKEY] = f"{PASSKEY}{int(draw() * 10**PASSKEY_DIGITS):0{PASSKEY_DIGITS}d}"
     new = sorted(items, key=lambda _: draw())
-    asked: list[str] = []  # keys by where they stood the last time
+    asked: list[str] = []  # keys in order of their last occurrence
     places: list[int] = []
     parts, at = [], 0
     while at < length:
         n = bisect_right(places, at - _back(draw()))
-        if n:  # of the keys so far back or farther, the nearest
+        if n:  # the nearest key that is at least as far back as drawn
             key = asked.pop(n - 1)
             del places[n - 1]
         elif new:
@@ -63,12 +63,12 @@ def _document(draw: Callable[[], float], length: int) -> str:
 
 
 def _back(u: float) -> float:
-    """A power law between 1 and DISTANCE: beyond x with a probability that falls as x ** -TAIL."""
+    """Map a uniform u to a power law on [1, DISTANCE]: the probability of exceeding x falls as x ** -TAIL."""
     return (1 - u * (1 - DISTANCE**-TAIL)) ** (-1 / TAIL)
 
 
 def questions(document: str) -> Iterator[Question]:
-    """Find every key that occurred before and whose value is not cut off."""
+    """Yield every key that occurred earlier and whose value is not cut off by the end."""
     last: dict[str, int] = {}
     for at, key in enumerate(document):
         if key in KEYS or key == PASSKEY:

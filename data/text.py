@@ -1,4 +1,4 @@
-"""What a text is to Sash: an iterator of pieces for each split, and the words that describe it."""
+"""The type of a text: an iterator of pieces for each split, and a description."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A stretch of text that fits in memory; a long document comes in several."""
+    """Part of a document, small enough for memory; a long document is split into several pieces."""
 
     text: str
     ends_document: bool = True
@@ -14,22 +14,22 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
-    """A text to train on; calling a split again starts it again, with the same pieces."""
+    """A text to train on; each call of a split yields the same pieces from the start."""
 
-    name: str  # what people call it; part of folder names
-    origin: str  # one line: where it comes from, and its licence
-    identity: str  # all that its bytes depend on
+    name: str  # used in messages and folder names
+    origin: str  # one line: source and licence
+    identity: str  # everything that its bytes depend on, hashed to find a prepared copy
     splits: Mapping[str, Callable[[], Iterator[Piece]]]  # "train" and, where the source has one, "val"
     approx_bytes: Mapping[str, int] = field(default_factory=dict)  # per split, for progress bars only
 
     @property
     def own_val(self) -> bool:
-        """Say whether the source brings its own validation split."""
+        """Whether the source has its own validation split."""
         return "val" in self.splits
 
 
 def encodable(text: str) -> str:
-    """Replace lone surrogates, which JSON escapes can write and UTF-8 cannot, by the replacement character."""
+    """Replace lone surrogates, which JSON escapes can contain but UTF-8 cannot, with U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

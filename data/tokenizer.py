@@ -1,4 +1,4 @@
-"""Every tokenizer is a `tiktoken.Encoding` with one end-of-text token, whatever its vocabulary came from."""
+"""Tokenizers: bytes, characters, trained BPE and tiktoken's, all as a `tiktoken.Encoding` with an end-of-text token."""
 
 import base64
 import difflib
@@ -33,40 +33,40 @@ _TIKTOKEN_URLS = {
 }
 _TIKTOKEN_HOST = "https://openaipublic.blob.core.windows.net/"
 
-_ANYTHING = r"[\s\S]{1,64}"  # where tokens are single bytes nothing needs splitting; short stretches are fastest
-_LONG_BLANK = re.compile(r"(\s{100000})")  # tiktoken's regular expressions overflow on blanks four times as long
+_ANYTHING = r"[\s\S]{1,64}"  # byte and char tokenizers need no pre-tokenization; short pieces are fastest
+_LONG_BLANK = re.compile(r"(\s{100000})")  # tiktoken's regex engine overflows on about 400,000 blanks in a row
 _FORMAT = "sash-tokenizer-1"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back; `encode` takes the end-of-text token's spelling for ordinary text."""
+    """Text to ids and back; `encode` treats the string `<|endoftext|>` as ordinary text."""
 
     encoding: tiktoken.Encoding
-    normal_form: NormalForm | None = None  # of Unicode, in which text is cut: NFC for Qwen; none: as it is
+    normal_form: NormalForm | None = None  # Unicode normalization before encoding (NFC for Qwen); None: none
 
     @property
     def name(self) -> str:
-        """Name the vocabulary: "gpt2", "byte", "char", "bpe-4096"."""
+        """Name of the vocabulary: "gpt2", "byte", "char", "bpe-4096"."""
         return self.encoding.name
 
     @property
     def n_vocab(self) -> int:
-        """Count the ids, end-of-text and ids without a token included."""
+        """Number of ids, including end-of-text and ids without a token."""
         return self.encoding.n_vocab
 
     @property
     def eot(self) -> int:
-        """Give the id of the end-of-text token."""
+        """Id of the end-of-text token."""
         return self.encoding.eot_token
 
     @cached_property
     def digest(self) -> str:
-        """Identify pattern, ranks and special tokens in 16 hexadecimal digits."""
+        """Hash of pattern, ranks and special tokens: 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self._content()).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Encode ordinary text; a character that the vocabulary cannot write is a UserError."""
+        """Encode ordinary text. UserError for a character that is not in the vocabulary."""
         text = encodable(text)
         if self.normal_form is not None:
             text = unicodedata.normalize(self.normal_form, text)
@@ -76,34 +76,34 @@ class Tokenizer:
         return [token for part in _LONG_BLANK.split(text) if part for token in self.encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts in threads; the same as encoding each."""
+        """Encode texts in parallel threads."""
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return list(threads.map(self.encode, texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Give the bytes of the tokens; an id without a token gives none."""
+        """The bytes of the tokens; ids without a token are skipped."""
         return self.encoding.decode_bytes([token for token in ids if token not in self._unused])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Give the text of the tokens; bytes that are not UTF-8 become the replacement character."""
+        """The text of the tokens; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """Count the UTF-8 bytes that each id stands for, (n_vocab,) int32; special tokens stand for none."""
+        """Number of UTF-8 bytes of each token, (n_vocab,) int32; 0 for special tokens."""
         counts = np.zeros(self.n_vocab, dtype=np.int32)
         for token, rank in self._ranks.items():
             counts[rank] = len(token)
         return counts
 
     def save(self, path: Path | str) -> None:
-        """Write all that is needed to load it anywhere, without a network."""
+        """Write a self-contained file, from which `load` needs no network."""
         write_atomically(Path(path), json.dumps(self._content() | {"name": self.name, "digest": self.digest}).encode())
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read what `save` wrote; a missing or damaged file is a UserError."""
+        """Read a file written by `save`. UserError if it is missing or damaged."""
         try:
             saved = json.loads(Path(path).read_bytes())
         except OSError as error:
@@ -113,7 +113,7 @@ class Tokenizer:
         except ValueError:
             raise UserError(f"{path}: damaged, not JSON; copy it again, or prepare the text again") from None
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
-            raise UserError(f"{path}: not a tokenizer that Sash saved; prepare the text again")
+            raise UserError(f"{path}: not a tokenizer saved by Sash; prepare the text again")
         try:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
             tokenizer = _make(saved["name"], saved["pattern"], ranks, saved["special_tokens"], saved.get("normal_form"))
@@ -147,7 +147,7 @@ class Tokenizer:
 
     @cached_property
     def _unwritable(self) -> frozenset[int]:
-        """The bytes that no token starts from; tiktoken would panic on them."""
+        """Bytes that are not in the vocabulary; tiktoken would panic on them."""
         return frozenset(value for value in range(256) if bytes([value]) not in self._ranks)
 
     def _check_writable(self, text: str) -> None:
@@ -157,14 +157,14 @@ class Tokenizer:
         byte = next(byte for byte in character.encode() if byte in self._unwritable)
         raise UserError(
             f"the character {character!r} (byte {byte:#04x}) never occurred in the text that this {self.name} "
-            "tokenizer was made from; leave it out, or use the tokenizer byte or bpe-4096"
+            "tokenizer was made from; leave it out, or train with the tokenizer byte or bpe-4096"
         )
 
 
 def make_tokenizer(name: str, corpus: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
-    """Make a tokenizer by name, or load that of a run by its path; `char` and `bpe-N` are learned from the corpus.
+    """Make a tokenizer by name, or load a saved one by its path; `char` and `bpe-N` are trained on the corpus.
 
-    `bpe-N` has N ids, end-of-text included. A corpus too small for so many gives fewer, and the name tells how many.
+    `bpe-N` has N ids, including end-of-text. A corpus too small for N gives fewer, and the name says how many.
     """
     check_name(name)
     if file := saved_file(name):
@@ -174,20 +174,20 @@ def make_tokenizer(name: str, corpus: Callable[[], Iterator[str]] | None = None)
     if name == "byte":
         return _make(name, _ANYTHING, {bytes([value]): value for value in range(256)})
     if corpus is None:
-        raise UserError(f"tokenizer {name} is learned from a text; give one, or use byte, which needs none")
+        raise UserError(f"tokenizer {name} must be trained on a text; give one, or use byte, which needs no training")
     if name == "char":
         seen: set[int] = set()
         for text in corpus():
             seen.update(text.encode())
         if not seen:
-            raise UserError("tokenizer char: the text it is to be made from is empty")
+            raise UserError("tokenizer char: the text to make it from is empty")
         return _make(name, _ANYTHING, {bytes([value]): rank for rank, value in enumerate(sorted(seen))})
     ranks = learn_ranks(corpus(), n_ranks=int(name.removeprefix("bpe-")) - 1)
     return _make(f"bpe-{len(ranks) + 1}", PATTERN, ranks)
 
 
 def saved_file(name: str) -> Path | None:
-    """Where a tokenizer lies whose name is a path, of a run's directory or of a file; None for all other names."""
+    """The file of a tokenizer named by a path, to a run's directory or to the file; None for all other names."""
     if "/" not in name and os.sep not in name and not name.endswith(".json"):
         return None
     path = Path(name)
@@ -198,16 +198,16 @@ def check_name(name: str) -> None:
     """Raise a UserError unless `make_tokenizer` knows the name."""
     if file := saved_file(name):
         if not file.is_file():
-            raise UserError(f"tokenizer {name}: there is no {file}; a run's directory has one")
+            raise UserError(f"tokenizer {name}: there is no {file}; give the directory of a run")
         return
     known = ("byte", "char", *_TIKTOKEN_URLS, "bpe-4096")
     size = re.fullmatch(r"bpe-(\d+)", name)
     if size and int(size[1]) < 257:
-        raise UserError(f"tokenizer {name}: the size must be at least 257, the 256 bytes and end-of-text")
+        raise UserError(f"tokenizer {name}: the size must be at least 257: the 256 bytes and end-of-text")
     if not size and name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         advice = f"did you mean {near[0]}?" if near else "choose one of them"
-        raise UserError(f"tokenizer {name!r} is none of {', '.join(known)} (or another bpe-N); {advice}")
+        raise UserError(f"tokenizer {name!r} must be one of {', '.join(known)} (or another bpe-N); {advice}")
 
 
 def _make(
@@ -223,7 +223,7 @@ def _make(
 
 
 def _from_tiktoken(name: str) -> tiktoken.Encoding:
-    """Load one of tiktoken's vocabularies from its cache, or download it into ours."""
+    """Load one of tiktoken's vocabularies from the cache, or download it there."""
     own_cache = not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & set(os.environ)
     if own_cache:
         os.environ["TIKTOKEN_CACHE_DIR"] = str(TIKTOKEN_CACHE)
@@ -237,7 +237,7 @@ def _from_tiktoken(name: str) -> tiktoken.Encoding:
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer {name} is not in {folder} and cannot be downloaded ({error}); set TIKTOKEN_CACHE_DIR to a "
-            "folder that has it, or use the tokenizer byte or bpe-4096, which need no network"
+            "folder that contains it, or use the tokenizer byte or bpe-4096, which need no network"
         ) from None
     finally:
         if own_cache:

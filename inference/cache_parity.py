@@ -15,9 +15,9 @@ from model.gpt import GPT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """Of all positions of all texts."""
+    """Difference of cached and uncached logits, over all positions of all texts."""
 
-    difference: float  # largest absolute difference of two logits
+    difference: float  # largest absolute difference of a logit
     largest: float  # largest absolute logit
     n_same: int  # positions with the same most likely token
     n_positions: int
@@ -42,7 +42,7 @@ def cache_parity(
 def _decoded_together(
     model: GPT, texts: Sequence[Sequence[int]], n_prompt: Sequence[int], rolling: bool, chunk: int
 ) -> list[Tensor]:
-    """The logits of each text, (T, V), as generating a batch computes them; ended rows continue with any token."""
+    """The logits of each text, (T, V), computed as in batched generation; shorter rows are padded."""
     device = model.lm_head.weight.device
     prompts, lengths = pad_right([text[:n] for text, n in zip(texts, n_prompt, strict=True)], device)
     rests, _ = pad_right([text[n:] for text, n in zip(texts, n_prompt, strict=True)], device)

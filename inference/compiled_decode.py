@@ -1,7 +1,7 @@
 """Compiled decoding: one token of each row at a time, each layer under torch.compile.
 
-Reading the weights takes the time here, so matmuls of few rows become loops that read them once (inference/gemv.py).
-Each layer is compiled separately: equal layers share one compilation, for any length of the text.
+Decoding is bound by reading the weights, so matmuls of few rows become loops that read them once (inference/gemv.py).
+Each layer is compiled separately: equal layers share one compilation, for any context length.
 
 Dimensions: B rows, C n_embd.
 """
@@ -23,7 +23,7 @@ from model.errors import UserError
 from model.gpt import GPT, Tensors
 from model.state import LayerState
 
-MOST_COMPILED = 256  # kinds of layers, batches and caches in one process
+MOST_COMPILED = 256  # recompilation limit: combinations of layer kind, batch size and cache in one process
 
 KIND_S, LAYER_S, BYTE_S = 4.0, 2e-4, 3e-11  # seconds to compile a kind of layer; saved per token: by layer, by byte
 
@@ -31,7 +31,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def should_compile(asked: Switch, model: GPT, runtime: Runtime, n_steps: int) -> bool:
-    """Whether to compile for so many steps; `auto` does where that takes less time in all. UserError if impossible."""
+    """Whether to compile for n_steps; `auto` does if it saves more time than it costs. UserError if impossible."""
     obstacle = no_compiling(runtime.device)
     if asked == "on" and obstacle is not None:
         raise UserError(f"--compile (on) has nothing to compile with ({obstacle}): take off, or auto")
@@ -45,12 +45,12 @@ def should_compile(asked: Switch, model: GPT, runtime: Runtime, n_steps: int) ->
 
 
 def use_compiled_decode(model: GPT, on: bool = True) -> None:
-    """Let the model decode single tokens through compiled layers, or not."""
+    """Switch compiled decoding of single tokens on or off."""
     model.compiled_decode = CompiledLayers() if on else None
 
 
 class CompiledLayers:
-    """What GPT calls in place of its layers and its head for one token of each row."""
+    """Compiled layers and head, which GPT calls in place of its own for one token of each row."""
 
     def layer(
         self, block: nn.Module, x: Tensor, ctx: ForwardContext, passed: Tensors, state: LayerState
@@ -68,7 +68,7 @@ class CompiledLayers:
 
 @cache
 def compiled(function: Function) -> Function:
-    """The function under torch.compile; every caller gets the same."""
+    """The function under torch.compile; compiled once per function."""
     cpu.keep_compiled_code()
     torch._dynamo.config.recompile_limit = max(MOST_COMPILED, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True, backend=backend)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Tokens to text as they are generated: whole characters, and nothing from a stop string on."""
+"""Streaming detokenizer: tokens to text as they are generated, in whole characters, up to a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Finish = Literal["end", "stop", "length", "interrupted"]  # end-of-text token, s
 
 
 class StreamingDetokenizer:
-    """Decodes one text. What could still become a stop string is held back until it cannot."""
+    """Decodes one text. Text that could still become a stop string is held back until it cannot."""
 
     def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), stop_at_end: bool = True):
         """Stop strings are found even where they begin or end within a token, or span several."""

@@ -1,4 +1,4 @@
-"""A running generation: from sampled tokens to what each text may show, row by row and step by step."""
+"""A running generation: turns sampled tokens into text deltas, step by step and row by row."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -17,21 +17,21 @@ from inference.statistics import GenerationStatistics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What one step adds to one text."""
+    """The output of one step for one text."""
 
     row: int  # prompt * num_samples + sample
     text: str = ""  # safe to show: whole characters, and nothing that may still become a stop string
-    token: int | None = None  # None where the text ends without another token, as at `length`
+    token: int | None = None  # None if the text ends without another token, as with `length`
     logprob: float | None = None  # of the token under the model itself, before temperature and filters
     finish: Finish | None = None  # why the text ends with this delta
     stop: str | None = None  # the stop string that ended it; never part of the text
 
 
 class Generation:
-    """Iterate over it for the deltas of all rows; it computes a step when the deltas of the one before are used up.
+    """An iterator over the deltas of all rows; each step is computed lazily, when the previous deltas are consumed.
 
-    A row has a delta for each of its tokens; its last delta, which may be without a token, has `finish`. The generation
-    is over when every row has finished, or when it is closed.
+    A row has one delta per token; its last delta, which may have no token, sets `finish`. The generation is over when
+    every row has finished or when it is closed.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Generation:
         room: int | None = None,
         logprobs: LogProbs | None = None,
     ):
-        """`stream` yields (rows,) sampled tokens after prompts of these lengths, behind `past` tokens in the cache.
+        """`stream` yields (rows,) sampled tokens after prompts of these lengths, which follow `past` cached tokens.
 
-        `room` is the number of tokens that may be generated at all, where something else than max_new_tokens limits it;
-        `logprobs`, which watches the stream, is given where they are wanted.
+        `room` is the number of tokens that still fit, if something other than max_new_tokens limits it; `logprobs` is
+        the watcher of the stream, if log-probabilities are requested.
         """
         self._loaded, self._stream, self._sampling = loaded, stream, sampling
         self._lengths, self._past, self._room, self._logprobs = lengths, past, room, logprobs
@@ -58,7 +58,7 @@ class Generation:
         self.statistics = statistics
         self.n_rows = len(lengths) * sampling.num_samples
         self.n_steps = 0  # tokens sampled for each row so far
-        self.last_token: int | None = None  # of the first row, the newest
+        self.last_token: int | None = None  # the newest token of the first row
         self.state: Literal["new", "running", "over"] = "new"
 
     def __iter__(self) -> Self:
@@ -78,7 +78,7 @@ class Generation:
 
     @property
     def out_of_room(self) -> bool:
-        """Every token that there was room for was generated, and more were allowed by max_new_tokens."""
+        """Whether the generation used all of `room` and stopped before max_new_tokens."""
         return self._room is not None and self.n_steps == self._room < self._sampling.max_new_tokens
 
     def _run(self) -> Generator[Delta, None, None]:

@@ -1,4 +1,4 @@
-"""A trained network ready to generate: loaded once, shared by any number of sessions."""
+"""A trained model loaded for generation: loaded once, shared by any number of sessions."""
 
 import threading
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from model.gpt import GPT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """Weights, tokenizer and device. Generating changes nothing in it; `lock` is held for one step at a time."""
+    """Weights, tokenizer and device; generating does not modify them. `lock` is held for one step at a time."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -29,25 +29,25 @@ class LoadedModel:
 
     @property
     def position_limit(self) -> int | None:
-        """Tokens of text that learned positions allow; None: there is no limit."""
+        """Number of learned positions, which limits the text in tokens; None: no limit."""
         return None if self.model.wpe is None else self.model.config.block_size
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt; of an empty one the end-of-text token, after which a new document begins."""
+        """Token ids of a prompt; an empty prompt becomes the end-of-text token, after which a new document begins."""
         return self.tokenizer.encode(text) or [self.tokenizer.eot]
 
     def new_cache(self, batch_size: int, max_length: int, params: CacheParams) -> Cache | None:
-        """An empty cache for texts of up to max_length tokens; None where the params ask for none."""
+        """An empty cache for texts of up to max_length tokens; None if params.cache is `none`."""
         if params.cache == "none":
             return None
-        dtype = torch.int8 if params.cache_dtype == "int8" else None  # None: as the weights
+        dtype = torch.int8 if params.cache_dtype == "int8" else None  # None: the dtype of the weights
         return self.model.new_cache(batch_size, max_length, dtype=dtype, rolling=params.cache == "rolling")
 
 
 def load(path: Path, params: ModelParams | None = None, *, n_steps: int = 10**6) -> LoadedModel:
     """The model of a run's directory or of one of its checkpoints.
 
-    `n_steps` is the number of tokens that will be decoded one by one, from which `compile = auto` decides.
+    `n_steps` is the expected number of decoding steps, by which `compile = auto` decides.
     """
     params = params or ModelParams()
     runtime = resolve(params.device, params.dtype, "off")

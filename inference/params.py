@@ -1,6 +1,6 @@
-"""What a generation may be told: how tokens are sampled, how the cache is kept, which weights run and where.
+"""Parameters of generation: sampling, KV cache, and the loading of the model.
 
-Each field is declared here once, with its default, range and description, for the command line and for a server.
+Each field is declared once, with its default, range and description, for both the command line and a server.
 """
 
 from typing import Annotated, Literal
@@ -18,70 +18,72 @@ StopString = Annotated[str, Field(min_length=1)]
 
 
 class Params(BaseModel):
-    """Frozen; unknown names are refused; the text below a field is its description."""
+    """Base class: frozen, rejects unknown names, and takes the string below a field as its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class SamplingParams(Params):
-    """How the continuation is chosen, and where it ends."""
+    """How tokens are sampled, and where the text ends."""
 
     max_new_tokens: Count = 200
     """most tokens to generate for each prompt or turn; may exceed the training context (block_size)"""
     num_samples: Annotated[int, Field(ge=1, le=10_000)] = 1
-    """continuations of each prompt; the prompt is read once for all of them"""
+    """number of continuations of each prompt; the prompt is processed once for all of them"""
     stop: tyro.conf.UseAppendAction[tuple[StopString, ...]] = ()
-    """end the text before this string; repeat the option for several strings"""
+    """stop string: end the text before it; repeat the option for several strings"""
     stop_at_end: bool = True
-    """end the text where the model generates its end-of-text token"""
+    """end the text when the model generates its end-of-text token"""
     temperature: Annotated[float, Field(ge=0)] = 0.8
-    """divides the logits before sampling: below 1 more predictable, above 1 more varied; 0 is greedy decoding"""
+    """divide the logits by this before sampling: below 1 more predictable, above 1 more varied; 0: greedy decoding"""
     top_k: Count | None = None
     """sample only from the k most likely tokens"""
     top_p: Probability | None = None
-    """nucleus sampling: only from the most likely tokens whose probabilities add up to this"""
+    """nucleus sampling: sample only from the most likely tokens whose probabilities add up to this"""
     min_p: Probability | None = None
     """sample only from tokens at least this fraction as likely as the most likely one"""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """above 1, tokens that already occur in the text become less likely; 1 is off"""
+    """values above 1 make tokens that already occur in the text less likely; 1: off"""
     seed: int = 0
-    """seed of the sampling noise: the same seed and prompt give the same text, whatever the batch, chunk and cache"""
+    """random seed of sampling; the same seed and prompt give the same text for any batch, chunk and cache"""
 
 
 class CacheParams(Params):
-    """How the key/value cache is kept."""
+    """How the KV cache is stored."""
 
     cache: Literal["rolling", "full", "none"] = "rolling"
-    """rolling: sliding layers keep only their window; full: every layer keeps all keys; none: recompute the whole text
-    for every token"""
+    """KV cache. rolling: sliding layers keep only their window; full: all layers keep all keys; none: recompute the
+    whole text for every token"""
     cache_dtype: Literal["as-dtype", "int8"] = "as-dtype"
-    """int8: 8-bit keys and values with a scale each; about half the memory, slightly different logits"""
+    """dtype of the KV cache. as-dtype: that of the weights; int8: 8-bit keys and values with scales, about half the
+    memory, slightly different logits"""
     chunk: Count = 512
-    """tokens of the prompt to read in one forward pass; fewer take less memory and change no text"""
+    """prefill chunk: prompt tokens per forward pass; smaller chunks need less memory and do not change the text"""
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = 8192
-    """in a conversation: tokens, yours and the model's, that layers with full attention have room for"""
+    """in a conversation: most tokens, yours and the model's together, that full-attention layers can hold"""
 
 
 class ModelParams(Params):
-    """Which weights are loaded, and how they run."""
+    """Which weights are loaded, and how the model runs."""
 
     checkpoint: Literal["best", "latest"] = "best"
-    """checkpoint to load where a run's directory is given"""
+    """checkpoint to load from a run's directory"""
     window: Count | None = None
-    """make every layer slide with a window of this many tokens, whatever the model was trained with"""
+    """decode with a sliding window of this many tokens in all layers (default: as trained)"""
     n_sink: Annotated[int, Field(ge=0, le=LARGEST)] = 0
-    """with a window: first tokens that stay visible (attention sinks)"""
+    """with a window: number of attention sinks, first tokens that stay visible"""
     positions: Literal["absolute", "in-cache"] = "absolute"
-    """with a window: rotate keys by their position in the text, or by their place in the cache as StreamingLLM does"""
+    """with a window: RoPE positions of keys. absolute: position in the text; in-cache: position in the cache, as in
+    StreamingLLM"""
     device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    """device to run on: auto, cpu, cuda or mps"""
     dtype: DType = "auto"
-    """dtype of weights and cache"""
+    """dtype of weights and KV cache"""
     weights: Literal["as-dtype", "int8"] = "as-dtype"
-    """int8: 8-bit weight matrices with a scale for each row; half the memory traffic, slightly different logits"""
+    """dtype of weight matrices. int8: 8 bits with a scale per row; half the memory traffic, slightly other logits"""
     compile: Switch = "auto"
-    """compile the layers for decoding: takes seconds at first, then two to four times the speed; auto: when enough
-    tokens are to be generated to make up for it"""
+    """compile the layers for decoding: takes seconds, then runs two to four times as fast; auto: compile if enough
+    tokens are generated to save time overall"""
 
     @field_validator("n_sink", "positions")
     @classmethod

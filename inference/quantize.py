@@ -1,4 +1,4 @@
-"""8-bit weights: each row of a matrix as int8 times its own scale; activations keep their dtype.
+"""8-bit weights: int8 with one scale per row of a matrix; activations keep their dtype.
 
 Dimensions: C inputs, N outputs, V vocab_size.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.gpt import GPT
 from model.int8 import to_int8
 
-FEW = 16  # on a CPU, up to so many rows torch's int8 kernel is faster than dequantizing for a matrix product
+FEW = 16  # on a CPU, up to this many rows torch's int8 kernel is faster than dequantizing for a matmul
 
 
 class Int8Linear(nn.Module):
@@ -56,7 +56,7 @@ class Int8Embedding(nn.Module):
 
 @torch.no_grad()
 def quantize(model: GPT) -> GPT:
-    """Quantize the matrices of a network in place; embeddings too where they are tied to the head."""
+    """Quantize the weight matrices of a model in place, including embeddings that are tied to the head."""
     tied = model.lm_head.weight is model.wte.weight
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):

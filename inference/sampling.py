@@ -1,4 +1,4 @@
-"""From logits to tokens: the next one, and a stream of them.
+"""Sampling: the next token from logits, and a stream of tokens from a model.
 
 Dimensions: B prompts or sequences, P the longest prompt's tokens, V vocab_size, n n_samples.
 """
@@ -18,10 +18,10 @@ from model.hash32 import hash32
 
 
 class Sampler:
-    """How the next token is drawn from logits, by sampling parameters."""
+    """Draws the next token from logits according to sampling parameters."""
 
     def __init__(self, params: SamplingParams, *, n_vocab: int | None = None):
-        """Ids from n_vocab on only pad the vocabulary and are never drawn."""
+        """Ids at or above n_vocab are padding of the vocabulary and are never sampled."""
         self.temperature, self.seed, self.n_vocab = params.temperature, params.seed, n_vocab
         self.top_k = params.top_k
         self.top_p = params.top_p  # 1904.09751
@@ -31,8 +31,8 @@ class Sampler:
     def next(self, logits: Tensor, pos: Tensor, sample: Tensor, seen: Tensor | None = None) -> Tensor:
         """(B, V) logits -> (B,) tokens; `seen`, bool (B, V), marks the tokens that repetition_penalty applies to.
 
-        The noise is a function of (seed, sample, position, token), so that batch, cache and prompt chunks do not change
-        the text; pos and sample are (B,).
+        The noise is a function of (seed, sample, position, token), so that the text does not depend on batch, cache or
+        prefill chunks; pos and sample are (B,).
         """
         logits = logits[:, : self.n_vocab].float()
         if self.repetition_penalty != 1 and seen is not None:
@@ -46,7 +46,7 @@ class Sampler:
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if self.top_p is not None and self.top_p < 1:
             p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-            out = p.cumsum(dim=-1) - p >= self.top_p  # more likely tokens reach top_p without this one
+            out = p.cumsum(dim=-1) - p >= self.top_p  # the more likely tokens already reach top_p
             logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
         if self.min_p:
             least = logits.amax(dim=-1, keepdim=True) + math.log(self.min_p)
@@ -55,7 +55,7 @@ class Sampler:
         return (logits + gumbel(self.seed, sample, pos, logits.shape[-1])).argmax(dim=-1)
 
     def new_seen(self, batch_size: int, n_vocab: int, device: torch.device) -> Tensor | None:
-        """The tokens that occur in each text, bool (B, V), none so far; None where there is no repetition penalty."""
+        """A mask for the tokens that occur in each text, bool (B, V), all False; None without repetition penalty."""
         if self.repetition_penalty == 1:
             return None
         return torch.zeros(batch_size, n_vocab, dtype=torch.bool, device=device)
@@ -72,7 +72,7 @@ def gumbel(seed: int, sample: Tensor, pos: Tensor, n: int) -> Tensor:
 
 
 class LogProbs:
-    """A `watch` of a stream: the model's own log-probabilities (B,) of the tokens drawn last, before any filter."""
+    """A `watch` callback of a stream: records log-probabilities (B,) of the sampled tokens, before any filter."""
 
     last: Tensor
 
@@ -84,7 +84,7 @@ class LogProbs:
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, P), shorter rows padded with zeros on the right, and lengths (B,): None if all are equally long."""
+    """Tokens (B, P), right-padded with zeros, and lengths (B,), or None if all rows have the same length."""
     lengths = [len(row) for row in rows]
     idx = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in rows], dtype=torch.long, device=device)
     return idx, None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device)
@@ -98,7 +98,7 @@ def chunks(prompt: Tensor, lengths: Tensor | None, chunk: int) -> Iterator[tuple
 
 @torch.inference_mode()
 def prefill(model: GPT, cache: Cache, prompt: Tensor, *, lengths: Tensor | None = None, chunk: int = 512) -> Tensor:
-    """(B, P) prompt into the cache, a chunk at a time -> (B, V) logits after each row's last token.
+    """Process a (B, P) prompt into the cache, in chunks -> (B, V) logits after each row's last token.
 
     `lengths` (B,) counts the real tokens of right-padded rows, at least one each.
     """
@@ -124,10 +124,10 @@ def stream(
 ) -> Generator[Tensor, None, None]:
     """(B, P) prompt -> an endless stream of (B * n,) tokens: row b * n + s is sample s of prompt b.
 
-    The prompt continues what the cache holds; without a cache the whole text is recomputed for each token. `lengths`
-    (B,) counts the real tokens of right-padded rows. `seen`, a `Sampler.new_seen`, is updated in place, for a text that
-    is continued later. `watch` is called with the (B * n, V) logits and the tokens of each draw. When a token is
-    yielded, the cache holds all tokens before it, and not the token itself.
+    The prompt continues the text in the cache; without a cache the whole text is recomputed for each token. `lengths`
+    (B,) counts the real tokens of right-padded rows. `seen`, from `Sampler.new_seen`, is updated in place, so that the
+    text can be continued later. `watch` is called with the (B * n, V) logits and the sampled tokens of each step. When
+    a token is yielded, the cache holds all tokens before it, but not the token itself.
     """
     B, P = prompt.shape
     sample = torch.arange(n_samples, device=prompt.device).repeat(B)
@@ -165,7 +165,7 @@ def stream(
 
 
 def decodes_compiled(model: GPT) -> bool:
-    """True where single tokens go through compiled layers."""
+    """Whether single tokens are decoded with compiled layers."""
     return model.compiled_decode is not None
 
 

@@ -1,4 +1,4 @@
-"""What a program that generates holds: batches of prompts, and conversations. Nothing here prints.
+"""The generation API: batches of prompts, and conversations. Nothing here prints.
 
     loaded = load(Path("runs/shakespeare"))
     for delta in complete(loaded, [loaded.encode("To be")], SamplingParams(max_new_tokens=50)):
@@ -8,7 +8,7 @@
     for line in ("To be", ", or not"):
         answer = "".join(delta.text for delta in session.turn(line))
 
-Weights are loaded once and never changed, so any number of batches and sessions share them, in one thread or several.
+Weights are loaded once and never modified, so any number of batches and sessions can share them, also across threads.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ def complete(
     *,
     logprobs: bool = False,
 ) -> Generation:
-    """Continue every prompt, and every sample of it, in one batch: row p * num_samples + s is sample s of prompt p.
+    """Generate all samples of all prompts in one batch: row p * num_samples + s is sample s of prompt p.
 
-    UserError where the learned positions of the model end before the texts may.
+    UserError if the texts may become longer than the learned positions of the model.
     """
     sampling, cache_params = sampling or SamplingParams(), cache_params or CacheParams()
     idx, lengths = pad_right(prompts, loaded.runtime.device)
@@ -47,7 +47,7 @@ def complete(
         )
     cache = loaded.new_cache(len(prompts), P + n_new, cache_params)
     watch = LogProbs(loaded.tokenizer.n_vocab) if logprobs else None
-    return Generation(  # which holds the cache through the stream alone: samples get caches of their own
+    return Generation(  # only the stream holds the cache: with several samples it makes copies and frees the original
         loaded,
         stream(
             loaded.model,
@@ -67,7 +67,7 @@ def complete(
 
 
 class Session:
-    """One text that a user and the model write in turns. The cache is kept, so every token is read once."""
+    """A conversation: one text that user and model extend in turns. Keeps the cache, so no token is recomputed."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Session:
         *,
         prompt: Sequence[int] = (),
     ):
-        """`prompt` stands before the first turn. The parameters are the same for all turns; num_samples must be 1."""
+        """`prompt` precedes the first turn. The parameters apply to all turns; num_samples must be 1."""
         self._loaded, self._params = loaded, cache_params or CacheParams()
         self._sampling = sampling or SamplingParams()
         cache = loaded.new_cache(1, self._params.max_length, self._params)
@@ -88,23 +88,23 @@ class Session:
         self._cache = cache
         self._sampler = Sampler(self._sampling, n_vocab=loaded.tokenizer.n_vocab)
         self._seen = self._sampler.new_seen(1, loaded.model.config.vocab, loaded.runtime.device)
-        self._unread = list(prompt)  # before the first turn
+        self._unread = list(prompt)  # tokens of the text that are not in the cache yet
         self._last: Generation | None = None
         self.statistics = _statistics(loaded, cache, self._params)
         self.limit, self.limited_by = self._limit()
 
     def _limit(self) -> tuple[int | None, str]:
-        """Tokens that the text may have, None where every layer slides; and what limits them, for messages."""
+        """The most tokens that the text may have (None if all layers slide), and the reason, for messages."""
         room, positions = self._cache.max_length, self._loaded.position_limit
         if positions is not None and (room is None or positions < room):
             return positions, f"the learned positions end at {positions} (block_size)"
         return room, f"full layers have room for {self._params.max_length} tokens (max_length)"
 
     def turn(self, text: str, *, logprobs: bool = False) -> Generation:
-        """Add text, which may be empty, and generate what follows.
+        """Append text, which may be empty, and generate the continuation.
 
-        UserError, which leaves the session as it was, where the tokenizer cannot write the text or it does not fit. The
-        turn before must be over: read to its end, cancelled and read, or closed.
+        UserError, without changing the session, if the tokenizer cannot encode the text or it does not fit. The
+        previous turn must be over: iterated to its end, cancelled and iterated to its end, or closed.
         """
         unread = self._unread_now()
         ids = [*unread, *self._loaded.tokenizer.encode(text)] or [self._loaded.tokenizer.eot]
@@ -131,9 +131,9 @@ class Session:
         return self._last
 
     def _unread_now(self) -> list[int]:
-        """Tokens of the text that the cache does not have yet: the newest one of the turn before."""
+        """Tokens of the text that are not in the cache yet: the last one of the previous turn."""
         last = self._last
-        if last is None or last.state == "new":  # a turn that was never begun added nothing
+        if last is None or last.state == "new":  # a turn that was never started added nothing
             return self._unread
         if last.state == "running":
             raise UserError("the turn before is not over: read it to its end, or close it")

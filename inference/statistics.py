@@ -1,4 +1,4 @@
-"""Statistics of a generation: speed of prefill and decode, bytes read, memory held."""
+"""Statistics of a generation: speed of prefill and decode, bytes read, memory used."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class GenerationStatistics:
     """Sums over one or several turns; a turn is timed from `begin` to the last `count`."""
 
     def __init__(self, model: GPT, cache: Cache | None, runtime: Runtime, *, n_samples: int = 1, rolling: bool = True):
-        """`cache` is the one that the prompt is read into, before it is copied for each sample."""
+        """`cache` is the cache of the prompt, before it is copied for each sample."""
         self._config, self._runtime, self._n_samples, self._rolling = model.config, runtime, n_samples, rolling
         self._model, self._warms_up = model, decodes_compiled(model) and cache is not None
         self._cache_dtype = None if cache is None else cache.dtype
@@ -29,16 +29,16 @@ class GenerationStatistics:
         self.n_prefilled = self.n_decoded = 0  # tokens of all rows
         self.prefill_s = self.decode_s = self.first_s = 0.0  # first_s: until the first token of the first turn
         self.warm_up_s: float | None = None  # the first decoding steps, where they compile
-        self.bytes_read = 0  # by decoding, at least: weights once per step, keys and values once per row
+        self.bytes_read = 0  # lower bound for decoding: weights once per step, keys and values once per row
         self._starts: list[int] = []
 
     def begin(self, lengths: Sequence[int], past: int = 0) -> None:
-        """Start timing a turn: prompts of these lengths, after `past` tokens that are in the cache."""
+        """Start timing a turn with prompts of these lengths, after `past` cached tokens."""
         self._starts, self._steps, self._n_prompt = [past + n for n in lengths], 0, sum(lengths)
         self._clock = time.perf_counter()
 
     def count(self, n_live: int) -> None:
-        """A step has produced its tokens, n_live of them for rows that have not ended."""
+        """Record a step, which produced tokens for n_live rows that have not ended."""
         now = time.perf_counter()
         if self._steps == 0:
             self.n_prefilled += self._n_prompt
@@ -53,7 +53,7 @@ class GenerationStatistics:
         self._clock = now
 
     def end(self) -> None:
-        """End the turn, and add the bytes that its steps have read."""
+        """End the turn, and add the bytes read by its steps."""
         skipped = WARM_UP if self._warms_up else 0
         n = self._steps - 1 - skipped  # the first token comes from the prefill
         self._warms_up &= self._steps <= skipped
@@ -64,7 +64,7 @@ class GenerationStatistics:
         self.bytes_read += n * step_bytes(self._model) + self._n_samples * sum(kv)
 
     def lines(self) -> list[str]:
-        """The statistics as lines of text; whatever was not measured is left out."""
+        """The statistics as lines of text; values that were not measured are left out."""
         out = []
         if self.prefill_s:
             rate = self.n_prefilled / self.prefill_s

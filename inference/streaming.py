@@ -1,4 +1,4 @@
-"""Loss on a text far longer than the training context: through the rolling cache, and by recomputing each window.
+"""Streaming loss on a text far longer than the training context: with the rolling cache, and recomputed per window.
 
 Dimensions: N tokens to predict, B contexts, W window.
 """
@@ -12,12 +12,12 @@ from model.gpt import GPT
 
 
 def through_window(model: GPT, window: int, n_sink: int, *, rope_in_cache: bool = False) -> GPT:
-    """The same weights with every layer sliding over this window, whatever it was trained with."""
+    """A model with the same weights and a sliding window in every layer, regardless of its training."""
     return same_weights(model, model.config.sliding(window, n_sink, rope_in_cache=rope_in_cache))
 
 
 def same_weights(model: GPT, config: ModelConfig) -> GPT:
-    """A network of another config with the weights, device and dtype of this one."""
+    """A model with another config and the weights, device and dtype of this one."""
     other = GPT(config).to(model.lm_head.weight)
     other.load_state_dict(model.state_dict())
     return other.train(model.training)
@@ -27,7 +27,7 @@ def same_weights(model: GPT, config: ModelConfig) -> GPT:
 def streamed_losses(
     model: GPT, ids: Tensor, runtime: Runtime, *, chunk: int = 256, cache_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """(N + 1,) ids -> (N,) losses of ids[1:] in nats, each given all tokens before it, through the cache.
+    """(N + 1,) ids -> (N,) losses of ids[1:] in nats, each given all tokens before it, with the cache.
 
     Chunks give the same result as token-by-token decoding in fewer passes: they read the cache before they write it.
     """
@@ -45,8 +45,8 @@ def recomputed_losses(
 ) -> Tensor:
     """(N + 1,) ids -> (len(at),) losses of ids[at + 1] in nats, each from only the last `window` tokens, without cache.
 
-    The baseline of streaming (2309.17453): every context begins at position 0 and costs `window` tokens. `at` is in
-    ascending order.
+    The baseline for streaming (2309.17453): every context begins at position 0 and costs `window` tokens. `at` must be
+    ascending.
     """
     early, late = at[at < window - 1], at[at >= window - 1]
     losses = []

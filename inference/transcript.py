@@ -1,4 +1,4 @@
-"""The texts of a generation as they are written: on standard output while they grow, or as one JSON record each."""
+"""Write generated texts to standard output: as text while it grows, or as one JSON record per text."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from inference.generation import Delta
 
 @dataclass(slots=True)
 class Row:
-    """One text: sample `sample` of prompt `prompt`. Only records and `keep` make it grow with the text."""
+    """The state of one text: sample `sample` of prompt `prompt`. Stores its tokens only for records or `keep`."""
 
     prompt: int
     sample: int
@@ -22,10 +22,10 @@ class Row:
 
 
 class Transcript:
-    """Writes rows in order: the front one as it grows, and those behind it when all before them have ended."""
+    """Writes rows in order: the current row as it grows, each later row once all rows before it have ended."""
 
     def __init__(self, prompts: Sequence[str], *, n_samples: int = 1, records: bool = False, keep: bool = False):
-        """records: write JSON instead of text; keep: keep the tokens of each row, as records do anyway."""
+        """records: write JSON instead of text; keep: store the tokens of each row (always true with records)."""
         self.prompts, self.n_samples, self._records, self._keep = prompts, n_samples, records, keep or records
         self.rows = [Row(*divmod(i, n_samples)) for i in range(len(prompts) * n_samples)]
         self._front = 0  # the row that is being written
@@ -59,7 +59,7 @@ class Transcript:
             self._write("\n" + (self._heading() if self._front < len(self.rows) else ""))
 
     def _heading(self) -> str:
-        """The front row's prompt, under a title where there are several rows."""
+        """The current row's prompt, below a title if there are several rows."""
         row = self.rows[self._front]
         names = [("prompt", row.prompt, len(self.prompts)), ("sample", row.sample, self.n_samples)]
         title = ", ".join(f"{name} {i + 1} of {n}" for name, i, n in names if n > 1)

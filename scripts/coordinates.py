@@ -1,9 +1,8 @@
-"""Does one learning rate serve every width?  python -m scripts.coordinates configs/demo.toml
+"""Coordinate check: does a learning rate transfer across widths?  python -m scripts.coordinates configs/demo.toml
 
-A coordinate check (2203.03466): networks of several widths and one head width take a few steps at the config's full
-rates, in float32 on the CPU, and what their parts put out for the same tokens is compared with what they put out at
-first. Where the change grows with the width (an exponent above 0), a rate that suits a narrow network may be too high
-for a wide one.
+Networks of several widths, with a fixed head_dim, take a few optimizer steps at the config's full learning rates, in
+float32 on the CPU; then the change of each module's output on a fixed batch is reported (2203.03466). If the change
+grows with the width (exponent above 0), a learning rate tuned on a narrow network may be too high for a wide one.
 """
 
 from collections.abc import Callable
@@ -33,38 +32,41 @@ PARTS = ("embedding", "mixers", "MLPs", "last norm", "logits")
 
 @options_class
 class Options:
-    """Beside the keys of the config."""
+    """Options in addition to the keys of the config."""
 
     widths: tuple[Count, ...] = (64, 128, 256, 512)
-    """n_embd of the networks"""
+    """values of n_embd to compare, at least two"""
     steps: Count = 10
-    """optimizer steps before outputs are compared"""
+    """optimizer steps before the outputs are compared"""
     to: Path | None = None
-    """draw change against width into this file"""
+    """file for a plot of output change against width"""
 
     @field_validator("widths")
     @classmethod
     def _several(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(widths)) < 2:
-            raise ValueError("must be several: a single width shows no trend")
+            raise ValueError("must be at least two different numbers: a single width shows no trend")
         return widths
 
 
 def of_width(config: RunConfig, width: int, vocab_size: int) -> RunConfig:
-    """The config with this n_embd, heads as wide as before, and as many of them as then fit. UserError if none do."""
+    """The config with this n_embd and the same head_dim; n_head follows. UserError if heads do not fit the width."""
     model, head = config.model, config.model.head_width
     n_head, rest = divmod(width, head)
     kv_heads, rest_kv = divmod(n_head * model.kv_heads, model.n_head)
     if rest or rest_kv or not kv_heads:
         least = head * model.n_head // model.kv_heads
-        raise UserError(f"--widths ({width}) must be multiples of {least}: heads are {head} wide, and in equal groups")
+        raise UserError(
+            f"--widths ({width}) must be multiples of {least}: head_dim is {head}, with {model.n_head} query heads for "
+            f"{model.kv_heads} KV heads"
+        )
     mlp_width = model.mlp_width and model.mlp_width * width // model.n_embd
     shape = {"n_embd": width, "n_head": n_head, "n_kv_head": kv_heads, "mlp_width": mlp_width, "vocab_size": vocab_size}
     return config.model_copy(update={"model": build(ModelConfig, model.model_dump() | shape)})
 
 
 def changes(config: RunConfig, prepared: Prepared, steps: int) -> dict[str, float]:
-    """Root mean square by which each part's output moved in that many steps; of layers, their mean."""
+    """Root mean square change of each part's output after `steps` steps, averaged over layers."""
     torch.manual_seed(config.seed)
     model, T = GPT(config.model), config.model.block_size
     optimizers = make_optimizers(model, **config.optim.numbers)
@@ -84,16 +86,16 @@ def changes(config: RunConfig, prepared: Prepared, steps: int) -> dict[str, floa
 
 @torch.no_grad()
 def outputs(model: GPT, idx: Tensor) -> dict[str, Tensor]:
-    """What each part puts out, by part and layer."""
+    """The output of each part, by name and layer."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def record(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         return lambda _, __, y: found.update({name: y.float()})
 
     parts: dict[str, nn.Module] = {"embedding": model.wte, "last norm": model.ln_f, "logits": model.lm_head}
     for i, block in enumerate(model.h):
         parts |= {f"mixers/{i}": block.mixer, f"MLPs/{i}": block.mlp}  # type: ignore[dict-item]
-    hooks = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
+    hooks = [module.register_forward_hook(record(name)) for name, module in parts.items()]
     try:
         model.eval()(idx)
     finally:
@@ -104,8 +106,8 @@ def outputs(model: GPT, idx: Tensor) -> dict[str, Tensor]:
 
 
 def draw(widths: list[int], found: list[dict[str, float]], path: Path) -> None:
-    """Change against width, a line for each part."""
-    figure, (axes,) = new_figure("n_embd", ["root mean square of the change"])
+    """Plot the change against width, one line per part."""
+    figure, (axes,) = new_figure("n_embd", ["RMS change of the output"])
     for part in PARTS:
         axes.plot(widths, [row[part] for row in found], marker="o", markersize=4, label=part)
     axes.set_xscale("log", base=2)
@@ -123,7 +125,7 @@ def main() -> None:
     configs = [of_width(config, width, config.model.vocab_size or prepared.tokenizer.n_vocab) for width in widths]
     found = [changes(c, prepared, steps) for c in tqdm(configs, unit="width", disable=None)]
     rows = [
-        {"changes of": part}
+        {"RMS change of": part}
         | {str(width): f"{row[part]:.3g}" for width, row in zip(widths, found, strict=True)}
         | {"exponent": f"{exponent(widths, [row[part] for row in found]):.2f}"}
         for part in PARTS

@@ -20,16 +20,16 @@ SAMPLE = ("--prompt", "Return the", "--max-new-tokens", "150", "--temperature", 
 
 @options_class
 class Options:
-    """Train MHA, GQA, and GQA with 5:1 sliding windows, one process each; then print a table, plots and samples."""
+    """Train MHA, GQA, and GQA with 5:1 sliding windows; then print samples and a table, and write plots."""
 
     steps: Count | None = None
-    """optimizer steps of each run, instead of the config's"""
+    """optimizer steps of each run (default: as in configs/demo.toml)"""
     out: Path = Path("runs/demo")
-    """directory of the runs and the report; an interrupted demo resumes there"""
+    """directory for the runs and the report; an interrupted demo resumes from it"""
 
 
 def demo(options: Options) -> None:
-    """Everything that `make demo` shows."""
+    """Train, measure, report and sample: the whole of `make demo`."""
     start = time.perf_counter()
     steps = [] if options.steps is None else ["--train.max_steps", str(options.steps)]
     runs = [options.out / name for name in VARIANTS]
@@ -46,7 +46,7 @@ def demo(options: Options) -> None:
 
 
 def _python(*arguments: str, quiet: bool = False) -> None:
-    """A program of ours to its end; stopped, it is told to end too, and waited for: training saves first."""
+    """Run a Python program to its end. On a signal, terminate it and wait, as training saves before it exits."""
     with stop_signals() as stopped:
         program = subprocess.Popen((sys.executable, *arguments), stdout=subprocess.DEVNULL if quiet else None)
         while program.poll() is None and not stopped:

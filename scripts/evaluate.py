@@ -1,7 +1,7 @@
 """Evaluate a trained run:  python -m scripts.evaluate runs/shakespeare --by-position --plot
 
-Where no measure is asked for: loss, perplexity and bits per byte of the validation stream, the numbers that training
-reported for the same checkpoint. Every figure also goes into evaluations.json in the run's directory.
+By default: loss, perplexity and bits per byte on the validation split, as training reported for the same checkpoint.
+All results are also written to evaluations.json in the run's directory.
 """
 
 import json
@@ -19,15 +19,15 @@ from scripts.probes.subject import open_subject
 
 
 def evaluate(options: Options) -> dict[str, float]:
-    """Measure what is asked for, keep it with the run, print it; the figures by column."""
-    asked = {
+    """Run the requested measures, save and print the results, and return them by column."""
+    requested = {
         stream: options.stream,
         extrapolate: options.extrapolate is not None,
         recall: options.recall,
         to_first: options.attention_to_first is not None,
     }
-    measures = [perplexity] if options.by_position or not any(asked.values()) else []
-    measures += [measure for measure, wanted in asked.items() if wanted]
+    measures = [perplexity] if options.by_position or not any(requested.values()) else []
+    measures += [measure for measure, wanted in requested.items() if wanted]
     subject = open_subject(options.run, options.checkpoint, device=options.device, dtype=options.dtype)
     found: list[Found] = [measure(subject, options) for measure in measures]
     keep(subject.run.path, subject.step, found, plot=options.plot)

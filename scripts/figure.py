@@ -1,4 +1,4 @@
-"""The one style of all plots: an empty figure, a legend, how a variant looks."""
+"""The style of all plots: empty figures, legends, and the colour and marker of a variant."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ MARKERS = "osD^vP*X"
 
 
 def new_figure(x: str, ys: list[str]):
-    """A figure with an empty plot for each of `ys`, side by side; matplotlib loads only when something is drawn."""
+    """A figure with empty plots side by side, one for each y label. Imports matplotlib only when called."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7 if len(ys) == 1 else 5 * len(ys), 4.2), layout="constrained")
@@ -25,7 +25,7 @@ def new_figure(x: str, ys: list[str]):
 
 
 def save_figure(figure, path: Path, *, dpi: int = 144) -> None:
-    """A whole picture or none: SVG or PDF where the name ends so, else PNG."""
+    """Save a figure atomically: as SVG or PDF if the file has that suffix, otherwise as PNG."""
     image, kind = io.BytesIO(), path.suffix.lstrip(".")
     figure.savefig(image, dpi=dpi, format=kind if kind in ("svg", "pdf") else "png")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,12 +33,12 @@ def save_figure(figure, path: Path, *, dpi: int = 144) -> None:
 
 
 def known(xs: Iterable, ys: Iterable) -> Iterator[tuple]:
-    """The points that have a y, as axes.plot takes them: all their xs, then all their ys."""
+    """Drop points whose y is None; returns xs and ys as arguments for axes.plot."""
     return zip(*((x, y) for x, y in zip(xs, ys, strict=True) if y is not None), strict=True)
 
 
 def legend(figure, axes) -> None:
-    """Inside where there are few names, else below, for which the figure grows."""
+    """Add a legend: inside the plot for up to four names, otherwise below it in a taller figure."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) <= 4:
         axes.legend(frameon=False)
@@ -49,5 +49,5 @@ def legend(figure, axes) -> None:
 
 
 def look(variants: list[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each variant, the same in every plot of a report."""
+    """Colour and marker of each variant, consistent across the plots of a report."""
     return {v: {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)]} for i, v in enumerate(variants)}

@@ -1,6 +1,6 @@
-"""Bytes of the KV cache, by arithmetic:  python -m scripts.kv_memory --n-kv-head 8 --pattern 5:1 --window 1024
+"""Compute the size of the KV cache:  python -m scripts.kv_memory --n-kv-head 8 --pattern 5:1 --window 1024
 
-The sums are those that tests hold equal to what a real cache allocates. GB are 10^9 bytes, of one sequence.
+Sizes are for one sequence; 1 GB is 10^9 bytes. Tests check that the formula equals what a real cache allocates.
 """
 
 import json
@@ -25,46 +25,46 @@ CONTEXTS = tuple(2**n for n in range(10, 21))  # 1k to 1M tokens
 PRESETS = Path("configs/presets")
 PRESET_CONTEXTS = (1_024, 8_192, 32_768, 131_072, 1_048_576)
 EXAMPLE = {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "pattern": "5:1", "window": 1024}
-SHAPE = (*EXAMPLE, "head_dim", "n_sink")  # what options say of it
+SHAPE = (*EXAMPLE, "head_dim", "n_sink")  # options that override the config
 
 
 @options_class
 class Options:
-    """Compare the KV cache of one model shape, by context length, with the same shape without GQA or windows."""
+    """Size of the KV cache by context length, compared with the same model without GQA or without windows."""
 
     config: tyro.conf.Positional[Path | None] = None
-    """config whose model shape is used; without one, a 7 B model with 8 KV heads and 5:1 windows of 1024"""
+    """config file of the model (default: a 7 B model with 8 KV heads and 5:1 windows of 1024 tokens)"""
     n_layer: int | None = None
-    """layers, instead of the config's"""
+    """number of layers (default: as in the config)"""
     n_embd: int | None = None
-    """width of the residual stream, instead of the config's"""
+    """width of the residual stream (default: as in the config)"""
     n_head: int | None = None
-    """query heads, instead of the config's"""
+    """number of query heads (default: as in the config)"""
     n_kv_head: int | None = None
-    """KV heads, instead of the config's"""
+    """number of KV heads (default: as in the config)"""
     head_dim: int | None = None
-    """width of a head, instead of the config's"""
+    """width of an attention head (default: as in the config)"""
     pattern: str | None = None
-    """kinds of layers, such as 5:1 or "swa*5 full", instead of the config's"""
+    """layer pattern, such as 5:1 or "swa*5 full" (default: as in the config)"""
     window: int | None = None
-    """keys visible to a query of a sliding layer, instead of the config's"""
+    """window of sliding layers, in tokens: keys a query attends to, itself included (default: as in the config)"""
     n_sink: int | None = None
-    """first tokens that sliding layers keep, instead of the config's"""
+    """attention sinks: first tokens that sliding layers keep in their cache (default: as in the config)"""
 
     context: Count | None = None
-    """context length, in tokens, of the summary line (default: 32768, or the end of learned positions)"""
+    """context length of the summary line, in tokens (default: 32768, or block_size with learned positions)"""
     dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
-    """dtype of keys and values; int8 adds a two-byte scale to each key and value of each head"""
+    """dtype of keys and values; int8 adds a two-byte scale per token, KV head, and key or value"""
     presets: bool = False
-    """print one row for each config in configs/presets instead"""
+    """print one row for each config in configs/presets instead of one model"""
     json: bool = False
     """print JSON instead of tables"""
     plot: Path | None = None
-    """draw cache bytes against context length into this PNG"""
+    """file for a plot of cache size against context length (PNG)"""
 
 
 def shape(options: Options) -> ModelConfig:
-    """The network that is asked about. UserError for one that cannot be."""
+    """The model described by the options. UserError if it is invalid."""
     given = {key: value for key in SHAPE if (value := getattr(options, key)) is not None}
     if options.config is not None:
         return load(options.config, {"model": given}).model
@@ -72,15 +72,16 @@ def shape(options: Options) -> ModelConfig:
 
 
 def variants(base: ModelConfig) -> dict[str, ModelConfig]:
-    """By name: all KV heads and the base's, without windows and with the base's, as far as these differ."""
-    plain = {"pattern": "full", "window_everywhere": None, "position": "none", "rope_base": 1.0}  # as no cache asks
+    """Name -> config: with and without GQA, with and without windows; equal ones are merged."""
+    # positions are irrelevant here: the cache does not depend on them
+    plain = {"pattern": "full", "window_everywhere": None, "position": "none", "rope_base": 1.0}
     full = [base.model_copy(update=plain | {"n_kv_head": n}) for n in (base.n_head, base.kv_heads)]
     own = [base.model_copy(update={"n_kv_head": base.n_head}), base]
     return {name(config): config for config in (*full, *own)}
 
 
 def name(config: ModelConfig) -> str:
-    """What people call it: "GQA+SWA"."""
+    """The common name of the attention: "GQA+SWA"."""
     if unusual := set(config.kinds) - {"full", "swa"}:
         return f"{'MHA' if config.kv_heads == config.n_head else 'GQA'}+{'+'.join(sorted(unusual))}"
     heads = {config.n_head: "MHA", 1: "MQA"}.get(config.kv_heads, "GQA")
@@ -88,7 +89,7 @@ def name(config: ModelConfig) -> str:
 
 
 def limit(config: ModelConfig) -> float:
-    """The longest context that a network can have: learned positions end at block_size."""
+    """The longest possible context: block_size with learned positions, otherwise unlimited."""
     return config.block_size if config.position == "learned" else math.inf
 
 
@@ -97,24 +98,24 @@ def bytes_at(config: ModelConfig, contexts: Iterable[int], dtype: torch.dtype) -
 
 
 def unit(table: dict[str, dict[int, int]]) -> tuple[str, float]:
-    """What the figures of a table are said in, so that the smallest still have digits."""
+    """Unit for the sizes of a table, chosen so that the smallest has significant digits."""
     smallest = min(n for row in table.values() for n in row.values())
     return ("GB", 1e9) if smallest >= 1e8 else ("MB", 1e6)
 
 
 def kinds_of(config: ModelConfig) -> dict[str, int]:
-    """How many layers of each kind: {"sliding": 27, "full": 5}."""
+    """Number of layers of each kind: {"sliding": 27, "full": 5}."""
     return Counter({"swa": "sliding"}.get(spec.kind, spec.kind) for spec in config.layers)
 
 
 def describe(base: ModelConfig, dtype: str) -> str:
-    """The shape in a line: "27 sliding + 5 full layers, ..."."""
+    """One-line description of a model: "27 sliding + 5 full layers, ..."."""
     layers = " + ".join(f"{n} {kind}" for kind, n in kinds_of(base).items())
     return f"{layers} layers, {base.kv_heads} KV heads for {base.n_head} heads of {base.head_width}, {dtype}"
 
 
 def rows_of(table: dict[str, dict[int, int]]) -> str:
-    """A line for each context, a column for each variant."""
+    """Table with one line per context length and one column per variant."""
     symbol, size = unit(table)
     lines = [f"{'tokens':>9}" + "".join(f"{f'{label}, {symbol}':>15}" for label in table)]
     for n in next(iter(table.values())):
@@ -123,7 +124,7 @@ def rows_of(table: dict[str, dict[int, int]]) -> str:
 
 
 def rows_of_presets(table: dict[str, dict[int, int]]) -> str:
-    """A line for each preset; a dash beyond the positions that it has learned."""
+    """Table with one line per preset; a dash where learned positions end before the context does."""
     width = max(map(len, [*table, head := "GB of 10^9 bytes"]))
     lines = [f"{head:{width}}" + "".join(f"{n:12,}" for n in PRESET_CONTEXTS)]
     for preset, row in table.items():
@@ -133,8 +134,8 @@ def rows_of_presets(table: dict[str, dict[int, int]]) -> str:
 
 
 def draw(table: dict[str, dict[int, int]], dtype: str, path: Path) -> None:
-    """Bytes against context, on log axes."""
-    figure, (axes,) = new_figure("context in tokens", [f"KV cache in GB ({dtype})"])
+    """Plot cache size against context length on log axes."""
+    figure, (axes,) = new_figure("context length (tokens)", [f"KV cache (GB, {dtype})"])
     for label, row in table.items():
         axes.loglog(list(row), [n / 1e9 for n in row.values()], "o-", ms=3, label=label)
     ticks = [n for n in (2**10, 2**13, 2**15, 2**17, 2**20) if n in row]
@@ -145,13 +146,13 @@ def draw(table: dict[str, dict[int, int]], dtype: str, path: Path) -> None:
 
 
 def presets(options: Options) -> str:
-    """What to print about every preset."""
+    """The output of --presets."""
     for key in ("config", *SHAPE, "context", "plot"):
         if (value := getattr(options, key)) is not None:
-            raise UserError(f"--presets has every preset as it is: leave {key} ({value}) out")
+            raise UserError(f"--presets shows all presets unchanged: leave out {key} ({value})")
     files = sorted(PRESETS.glob("*.toml"))
     if not files:
-        raise UserError(f"--presets: there is no config in {PRESETS}")
+        raise UserError(f"--presets: there are no configs in {PRESETS}; run it in the root of the repository")
     dtype, table = getattr(torch, options.dtype), {}
     for file in files:
         model = load(file).model
@@ -160,12 +161,12 @@ def presets(options: Options) -> str:
 
 
 def one_shape(options: Options) -> str:
-    """What to print about one shape and its variants."""
+    """The output for one model and its variants."""
     base, dtype = shape(options), getattr(torch, options.dtype)
     context = options.context or int(min(32_768, limit(base)))
     if context > limit(base):
         raise UserError(
-            f"--context ({context}) is more than the {limit(base)} learned positions (block_size): take less"
+            f"--context ({context}) must be at most {limit(base)}, the number of learned positions (block_size)"
         )
     contexts = sorted(n for n in {*CONTEXTS, context} if n <= limit(base))
     table = {label: bytes_at(config, contexts, dtype) for label, config in variants(base).items()}

@@ -1,7 +1,7 @@
-"""Draw who sees whom, by kind of layer:  python -m scripts.masks configs/presets/gemma3-tiny.toml --to masks.png
+"""Draw the attention mask of each kind of layer:  python -m scripts.masks configs/presets/gemma3-tiny.toml
 
-With a run, the attention that it pays to a text is drawn beside, the mean over heads and layers of a kind:
-python -m scripts.masks --run runs/shakespeare
+For a trained run, the attention weights on a text are drawn below, averaged over the heads and layers of each kind:
+python -m scripts.masks --run runs/shakespeare --to masks.png
 """
 
 from pathlib import Path
@@ -36,18 +36,18 @@ TEXT += "outrageous fortune, or to take arms against a sea of troubles, and by o
 
 @options_class
 class Options:
-    """Draw the attention mask of each kind of layer of a config or a run."""
+    """Draw the attention mask of each kind of layer in a config or a run."""
 
     config: tyro.conf.Positional[Path | None] = None
-    """a config; or give --run"""
+    """config file; give either a config or --run"""
     run: Path | None = None
-    """a run's directory: its attention weights are drawn too"""
+    """directory of a run; its attention weights are drawn too"""
     tokens: Annotated[int, Field(ge=2, le=2048)] = 64
-    """positions to draw"""
+    """size of the masks, in tokens"""
     text: str = TEXT
-    """with --run: the text whose attention weights are drawn, cut to --tokens"""
+    """with --run: text to draw the attention weights for, cut to --tokens tokens"""
     to: Path = Path("runs/masks.png")
-    """output file: png, svg or pdf"""
+    """output file: .png, .svg or .pdf"""
 
     @field_validator("to")
     @classmethod
@@ -58,9 +58,9 @@ class Options:
 
 
 def masks(options: Options) -> None:
-    """Write the picture, and say what each kind of layer sees."""
+    """Save the figure and print the number of visible pairs for each kind of layer."""
     if (options.config is None) == (options.run is None):
-        raise UserError("give a config or --run, one of them: see --help")
+        raise UserError("give either a config or --run, not both: see --help")
     if options.run is None:
         T, paid = options.tokens, {}
         layers = load(options.config).model.layers
@@ -85,18 +85,18 @@ def masks(options: Options) -> None:
 
 
 def parts(spec: MixerSpec) -> tuple[MixerSpec, ...]:
-    """What is drawn of a layer: heads whose windows differ, each by itself."""
+    """The masks to draw for a layer: several if its heads have different windows."""
     return spec.parts if isinstance(spec, MultiWindowSpec) else (spec,)
 
 
 def seen(spec: MixerSpec, T: int) -> Tensor:
-    """(T, T) which key each query sees; a mixer without keys sees all its past."""
+    """Attention mask (T, T), True where a query attends to a key; causal for mixers without keys."""
     pos = torch.arange(T)[None]
     return attention_mask(pos, pos, spec)[0, 0] if isinstance(spec, AttentionSpec) else torch.ones(T, T).tril() > 0
 
 
 def describe(spec: MixerSpec, layers: tuple[MixerSpec, ...]) -> str:
-    """A layer's kind, its window, and which layers are like it."""
+    """Kind, window and indices of the layers with this spec."""
     like = [str(i) for i, other in enumerate(layers) if spec in parts(other)]
     window = f", window {spec.window}" if isinstance(spec, AttentionSpec) and spec.window is not None else ""
     shown = ", ".join(like[:6]) + (", …" if len(like) > 6 else "")
@@ -105,10 +105,10 @@ def describe(spec: MixerSpec, layers: tuple[MixerSpec, ...]) -> str:
 
 @torch.inference_mode()
 def attention_paid(model: GPT, tokenizer: Tokenizer, options: Options) -> dict[MixerSpec, Tensor]:
-    """(T, T) weights of each kind of layer, the mean over its heads and layers, on the text."""
+    """Attention weights (T, T) on the text for each kind of layer, averaged over its heads and layers."""
     ids = tokenizer.encode(options.text)[: options.tokens]
     if len(ids) < 2:
-        raise UserError(f"--text has {len(ids)} tokens: give at least 2")
+        raise UserError(f"--text has {len(ids)} tokens and must have at least 2: use a longer text")
     if model.wpe is not None:
         ids = ids[: model.config.block_size]
     found: dict[MixerSpec, list[Tensor]] = {}
@@ -122,12 +122,16 @@ def attention_paid(model: GPT, tokenizer: Tokenizer, options: Options) -> dict[M
 
 
 def weights_of(mixer: Attention, args: tuple) -> Tensor:
-    """(H, T, T) of one sequence, by whatever kernel runs: the layer again, on values that point at keys, gates open."""
+    """Attention weights (H, T, T) of one sequence, with any kernel.
+
+    The layer runs again with one-hot values in place of its own and output gates open, so that its outputs are the
+    weights.
+    """
     T, H, K, D = args[0].shape[1], mixer.spec.n_head, mixer.spec.n_kv_head, mixer.spec.head_dim
     parts: list[Tensor] = []
     read = lambda _, inputs: parts.append(inputs[0].view(T, H, D).transpose(0, 1))
     for start in range(0, T, D):
-        keys = torch.eye(T, T + D)[:, start : start + D]  # (T, D) the next D keys, each in a channel of its own
+        keys = torch.eye(T, T + D)[:, start : start + D]  # (T, D) one-hot channels for the next D keys
         hooks = [
             mixer.c_v.register_forward_hook(lambda _, __, v, keys=keys: keys.repeat(1, K)[None].to(v)),
             mixer.c_proj.register_forward_pre_hook(read),
@@ -135,7 +139,7 @@ def weights_of(mixer: Attention, args: tuple) -> Tensor:
         if mixer.c_gate is not None:
             hooks.append(mixer.c_gate.register_forward_hook(lambda _, __, g: torch.full_like(g, torch.inf)))
         try:
-            mixer.forward(*args)  # past its own hooks
+            mixer.forward(*args)  # bypasses its own hooks
         finally:
             for hook in hooks:
                 hook.remove()
@@ -143,7 +147,7 @@ def weights_of(mixer: Attention, args: tuple) -> Tensor:
 
 
 def draw(axes: Axes, mask: Tensor, title: str) -> None:
-    """Visible pairs dark: queries downwards, keys to the right."""
+    """Draw a mask: visible pairs dark, one row per query, one column per key."""
     axes.imshow(mask.numpy(), cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest")
     axes.set_title(title, fontsize=8)
     axes.set_xlabel("key")
@@ -151,14 +155,14 @@ def draw(axes: Axes, mask: Tensor, title: str) -> None:
 
 
 def draw_paid(axes: Axes, weights: np.ndarray | None) -> None:
-    """What each query pays to each key, on a logarithmic scale."""
+    """Draw the weight of each key for each query, on a logarithmic scale."""
     if weights is None:
         axes.axis("off")
         return
     image = axes.imshow(np.maximum(weights, 1e-4), cmap="magma", norm=LogNorm(1e-4, 1), interpolation="nearest")
     axes.set_xlabel("key")
     axes.set_ylabel("query")
-    axes.figure.colorbar(image, ax=axes, shrink=0.7, label="attention paid")
+    axes.figure.colorbar(image, ax=axes, shrink=0.7, label="attention weight")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Measure what generating from a run costs, in a process of its own:  python -m scripts.measure runs/demo/gqa"""
+"""Measure speed and memory of generating from a run, in a separate process:  python -m scripts.measure runs/demo/gqa"""
 
 import statistics
 import time
@@ -22,20 +22,20 @@ FILE = "measured.json"
 
 @options_class
 class Options:
-    """Measure decoding after a prompt of block_size tokens, and write measured.json into the run's directory."""
+    """Measure prefill and decode after a prompt of block_size tokens; write measured.json into the run's directory."""
 
     run: tyro.conf.Positional[Path]
-    """a run's directory"""
+    """directory of a run"""
     new_tokens: Annotated[int, Field(ge=2)] = 128
     """tokens to decode in each round"""
     rounds: Count = 3
-    """rounds; the median is reported"""
+    """timed rounds; the median is reported"""
     device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    """device to run on: auto, cpu, cuda or mps"""
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Tokens per second of prefill and decode at batch 1, bytes of the cache, and the peak memory of generating."""
+    """Measure tokens per second of prefill and decode at batch size 1, cache size and peak memory in bytes."""
     runtime = resolve(options.device)
     run = RunDir.of(options.run)
     model, tokenizer = run.load(run.path)

@@ -1,7 +1,7 @@
-"""What a training step needs, without the device:  python -m scripts.memory configs/gpt2.toml --batch-size 8
+"""Estimate the memory of a training step:  python -m scripts.memory configs/gpt2.toml --batch-size 8
 
-Nothing is allocated and nothing is read: the step runs on tensors that have only shapes, by the kernels of a CPU. On
-CUDA the kernels' work space differs, and the allocator reserves more than is live.
+Nothing is allocated and no data is read: the step runs on meta tensors, with CPU kernels. On CUDA the kernels need
+other workspaces, and the allocator reserves more than the live tensors.
 """
 
 import re
@@ -23,14 +23,14 @@ LENGTHS = (1_024, 8_192, 32_768, 131_072)
 
 @options_class
 class Options:
-    """Beside the keys of the config."""
+    """Options in addition to the keys of the config."""
 
     batch_size: Count | None = None
-    """sequences in one forward pass (default: the config's micro_batch)"""
+    """sequences in one forward pass (default: micro_batch of the config)"""
 
 
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
-    """The config with a vocab_size, which its tokenizer's name tells, or the user."""
+    """The config with vocab_size filled in from the tokenizer's name. UserError if the name does not determine it."""
     if config.model.vocab_size is not None:
         return config
     check_name(name := config.data.tokenizer)
@@ -38,7 +38,7 @@ def with_known_vocabulary(config: RunConfig) -> RunConfig:
     size = int(learned[1]) if learned else VOCABULARIES.get(name)
     size = make_tokenizer(name).n_vocab if saved_file(name) else size
     if size is None:
-        raise UserError(f"the size of the tokenizer {name} depends on the text: give --model.vocab_size")
+        raise UserError(f"the vocabulary size of the tokenizer {name} depends on the text: give --model.vocab_size")
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     )
     shape = f"{batch_size} x {model.block_size} tokens, {str(dtype).removeprefix('torch.')}"
     print(f"{model.describe()}, {cost.n_params(model) / 1e6:.1f} M parameters, {shape}\n")
-    print("live at the peak of a training step")
+    print("peak memory of a training step (live tensors)")
     for part, n in parts.items():
         print(f"  {part:12}{n / 1e6:14,.1f} MB")
     print(f"  {'peak':12}{sum(parts.values()) / 1e6:14,.1f} MB\n")
@@ -70,8 +70,8 @@ def main() -> None:
 
 
 def print_cache(model: ModelConfig) -> None:
-    """What a sequence's keys and values need, by its length."""
-    print("KV cache of one sequence, bfloat16")
+    """Print the size of the KV cache by context length."""
+    print("KV cache of one sequence by context length in tokens, bfloat16")
     for n in LENGTHS:
         print(f"  {n:<12,}{cost.cache_bytes(model, n) / 1e6:14,.1f} MB")
 

@@ -41,7 +41,9 @@ def test_evaluations_become_columns_and_their_clocks_go_to_the_timings(tmp_path)
 
 def test_runs_evaluated_on_different_streams_share_no_table(tmp_path):
     cells = [planted(tmp_path, "full", 1, 3.0), planted(tmp_path, "b", 1, 3.0, stream="other", window=3)]
-    with pytest.raises(UserError, match="2 evaluation streams among these runs: their losses cannot share a table"):
+    with pytest.raises(
+        UserError, match="these runs have 2 different evaluation streams: their losses are not comparable"
+    ):
         report([study(tmp_path, cells)], tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
@@ -98,7 +100,7 @@ def test_a_study_without_a_finished_cell_is_refused(tmp_path, program):
     cells = [planted(tmp_path, "full", 1, 3.0)]
     (tmp_path / cells[0]["path"] / "summary.json").unlink()
     ended = program(program_of_report.main, study(tmp_path, cells))
-    ended.assert_refused(f"nothing is finished in {tmp_path} yet")
+    ended.assert_refused(f"there are no finished runs in {tmp_path} yet")
 
 
 def test_seeds_of_single_runs_are_one_variant(tmp_path):
@@ -113,23 +115,23 @@ def test_seeds_of_single_runs_are_one_variant(tmp_path):
 def test_an_unknown_baseline_is_refused(tmp_path, program):
     planted(tmp_path, "wide", 1, 3.0)
     ended = program(program_of_report.main, tmp_path / "cells" / "wide-s1", "--baseline", "wid")
-    ended.assert_refused("--baseline (wid) is none of wide-s1")
+    ended.assert_refused("--baseline (wid) must be one of wide-s1")
 
 
 def test_the_same_variant_and_seed_twice_is_refused(tmp_path):
     cells = [planted(tmp_path, "full", 1, 3.0)]
-    with pytest.raises(UserError, match="two runs are full with seed 1: give one of them"):
+    with pytest.raises(UserError, match="two runs are full with seed 1: leave one out"):
         collect([study(tmp_path, [*cells, *cells])])
 
 
 def test_different_experiments_of_one_name_are_not_averaged(tmp_path):
     cells = [planted(tmp_path, "full", 1, 3.0), planted(tmp_path, "full", 2, 3.0, window=4)]
-    with pytest.raises(UserError, match="different experiments are both called full: report them apart"):
+    with pytest.raises(UserError, match="different experiments have the same name full: report them separately"):
         collect([study(tmp_path, cells)])
 
 
 def test_a_run_that_is_not_finished_is_refused(program, tmp_path):
     save_run(tmp_path / "run")
     ended = program(program_of_report.main, tmp_path / "run", "--out", tmp_path / "report")
-    ended.assert_refused(f"{tmp_path / 'run'} is not finished: repeat its training command first")
+    ended.assert_refused(f"{tmp_path / 'run'} is not finished: run its training command again first")
     assert not (tmp_path / "report").exists()

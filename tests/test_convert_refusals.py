@@ -15,20 +15,20 @@ from scripts.convert import __main__ as convert
 @pytest.mark.parametrize(
     ("design", "parts"),
     [
-        ({"attn_gate": "head"}, ["no class of transformers fits", "Qwen3 comes nearest", "attn_gate (head)"]),
-        ({"position": "alibi"}, ["cannot say position (alibi)", "rope_base"]),
-        (MIXED | {"window": (3, 5)}, ["Qwen3 comes nearest", "window ((3, 5))"]),
-        (MIXED | {"n_sink": 2}, ["Qwen3 comes nearest", "n_sink (2)"]),
-        ({"rope_fraction": 0.5}, ["Qwen3 comes nearest", "rope_fraction (0.5)"]),
+        ({"attn_gate": "head"}, ["no class of transformers fits", "the nearest is Qwen3", "attn_gate (head)"]),
+        ({"position": "alibi"}, ["does not support position (alibi)", "rope_base"]),
+        (MIXED | {"window": (3, 5)}, ["the nearest is Qwen3", "window ((3, 5))"]),
+        (MIXED | {"n_sink": 2}, ["the nearest is Qwen3", "n_sink (2)"]),
+        ({"rope_fraction": 0.5}, ["the nearest is Qwen3", "rope_fraction (0.5)"]),
         ({"sink_logit": True, "attn_softcap": 3.0}, ["sink_logit (True)", "attn_softcap (3.0)"]),
         ({"pattern": "strided", "sparse_block": 4}, ["pattern (strided)"]),
         ({"pattern": "swa", "window": 4, "global_tokens": (2,)}, ["global_tokens ((2,))"]),
-        ({"pattern": "linear"}, ["pattern ('linear'): no class of transformers has linear layers"]),
+        ({"pattern": "linear"}, ["pattern ('linear'): no supported class of transformers has linear layers"]),
         ({"mlp": "relu2"}, ["mlp (relu2)"]),
         ({"attn_bias": "qkv"}, ["attn_bias (qkv)"]),
-        (GEMMA | {"attn_scale": 0.3}, ["Gemma 3 comes nearest", "attn_scale (0.3)"]),
+        (GEMMA | {"attn_scale": 0.3}, ["the nearest is Gemma 3", "attn_scale (0.3)"]),
         ({"n_embd": 20}, ["n_embd (20) must be a multiple of n_head (6)"]),
-        ({"omits": "its experts"}, ["omits its experts (model.omits)"]),
+        ({"omits": "its experts"}, ["model.omits (its experts) must be none for transformers"]),
     ],
     ids=str,
 )
@@ -100,30 +100,33 @@ def broken(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "parts"),
     [
-        ("no config.json", ["exported is no model that transformers wrote: it has no config.json"]),
+        ("no config.json", ["exported is not a model directory of transformers: it has no config.json"]),
         ("config.json damaged", ["config.json cannot be read"]),
-        ("config.json a list", ["config.json is no object"]),
-        ("no hidden_size", ["config.json does not say hidden_size"]),
-        ("unknown architecture", ["model_type (mamba) is not known; known are llama, mistral, qwen3"]),
-        ("unknown activation", ["hidden_act (relu) is no activation that Sash knows for Llama"]),
-        ("unknown rope_type", ["rope_type (longrope) is not known; known are default, linear, yarn, llama3"]),
-        ("other numbers of llama3", ["high_freq_factor (8.0) of the rotation is nothing that Sash has"]),
+        ("config.json a list", ["config.json must be a JSON object"]),
+        ("no hidden_size", ["config.json: hidden_size is missing"]),
+        ("unknown architecture", ["model_type (mamba) is not supported: it must be one of llama, mistral, qwen3"]),
+        ("unknown activation", ["hidden_act (relu) is not supported for Llama: it must be one of silu"]),
+        (
+            "unknown rope_type",
+            ["rope_type (longrope) is not supported: it must be one of default, linear, yarn, llama3"],
+        ),
+        ("other numbers of llama3", ["high_freq_factor (8.0) in rope_parameters is not supported: it must be 4.0"]),
         ("numbers that do not fit", ["config.json: ", "n_head (6) must be divisible by n_kv_head (4)"]),
         (
             "another shape",
-            ["model.layers.0.mlp.gate_proj.weight is (28, 24), and config.json makes it (30, 24)"],
+            ["model.layers.0.mlp.gate_proj.weight is (28, 24), but config.json requires (30, 24)"],
         ),
-        ("no weights", ["model.safetensors is missing: Sash reads safetensors"]),
+        ("no weights", ["model.safetensors is missing: Sash needs all safetensors files"]),
         ("weights cut short", ["model.safetensors cannot be read", "copy it again"]),
         ("a tensor missing", ["the tensor model.norm.weight is missing"]),
-        ("a tensor too many", ["the tensor model.layers.0.self_attn.sinks is nothing that llama has"]),
+        ("a tensor too many", ["the tensor model.layers.0.self_attn.sinks does not belong to a llama model"]),
         ("a shard missing", ["model-00002-of-00002.safetensors is missing"]),
-        ("no tokenizer", ["tokenizer.json is missing: the directory has no tokenizer that Sash reads"]),
+        ("no tokenizer", ["tokenizer.json is missing: the directory has no tokenizer that Sash can read"]),
         ("tokenizer damaged", ["tokenizer.json cannot be read as a tokenizer"]),
-        ("no byte-level BPE", ["tokenizer.json is no byte-level BPE"]),
-        ("a normalizer", ["its normalizer (Lowercase) is none that Sash has: NFC, NFD, NFKC, NFKD"]),
-        ("no end-of-text", ["eos_token (None) is none of its added tokens (<|endoftext|>)"]),
-        ("a smaller vocabulary than the tokenizer's", ["the tokenizer has 257 ids, the model 200"]),
+        ("no byte-level BPE", ["tokenizer.json is not a byte-level BPE tokenizer"]),
+        ("a normalizer", ["normalizer (Lowercase) must be none or one of NFC, NFD, NFKC, NFKD"]),
+        ("no end-of-text", ["eos_token (None) must be one of the added tokens (<|endoftext|>)"]),
+        ("a smaller vocabulary than the tokenizer's", ["the tokenizer has 257 ids, the model only 200"]),
     ],
 )
 def test_bad_directory_is_one_line_and_leaves_nothing(exported, name, how, parts, tmp_path, program):
@@ -138,9 +141,11 @@ def test_nothing_that_exists_is_overwritten(exported, name, tmp_path, program):
     _, path = exported
     for command, source in (("export", tmp_path / "run"), ("import", path)):
         program(convert.main, command, source, "--to", path).assert_refused(
-            "exists and is not empty: give another --to"
+            f"--to ({path}) must be a new or an empty directory"
         )
-    program(convert.main, "import", tmp_path / "nowhere", "--to", tmp_path / "x").assert_refused("nowhere is no model")
+    program(convert.main, "import", tmp_path / "nowhere", "--to", tmp_path / "x").assert_refused(
+        "nowhere is not a model"
+    )
     program(convert.main, "export", tmp_path / "nowhere", "--to", tmp_path / "x").assert_refused("nowhere is no run")
 
 

@@ -125,8 +125,8 @@ def test_unknown_name_gets_the_nearest_one(name, advice):
     with pytest.raises(UserError) as error:
         open_text(name)
     assert str(error.value) == (
-        f"text '{name}' is none of pydocs, shakespeare, recall, wikitext103, tinystories, fineweb-edu, "
-        f"nor a file or folder here; {advice}"
+        f"text '{name}' must be one of pydocs, shakespeare, recall, wikitext103, tinystories, fineweb-edu, "
+        f"or a file or folder; {advice}"
     )
 
 
@@ -135,7 +135,7 @@ def test_missing_path_is_said(path):
     with pytest.raises(UserError) as error:
         open_text(path)
     assert str(error.value) == (
-        f"{path}: there is no such file or folder; give a .txt, .md, .jsonl, .parquet file or a folder of them"
+        f"{path}: no such file or folder; give a .txt, .md, .jsonl, .parquet file or a folder of such files"
     )
 
 
@@ -196,10 +196,10 @@ def test_utf16_and_a_character_cut_off_at_the_end_are_not_utf8_either(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"body": "x", "id": 1}', "no column 'text', it has columns 'body', 'id'; rename the one that holds the text"),
-        ('["x"]', "no column 'text', it has list; rename the one that holds the text"),
+        ('{"body": "x", "id": 1}', "no column 'text', it has columns 'body', 'id'; rename the column with the text"),
+        ('["x"]', "no column 'text', it has list; rename the column with the text"),
         ('{"text": 5}', "'text' is 5; it must be a string"),
-        ("{text: x}", "not a line of JSON (Expecting property name enclosed in double quotes"),
+        ("{text: x}", "invalid JSON (Expecting property name enclosed in double quotes"),
     ],
 )
 def test_a_jsonl_line_without_text_is_named(tmp_path, line, message):
@@ -215,10 +215,10 @@ def test_a_parquet_file_without_text_is_named(tmp_path):
     with pytest.raises(UserError, match="no column 'text', it has columns 'body', 'id'"):
         documents(open_text(path))
     path = write_parquet(tmp_path / "a.parquet", text=[1])
-    with pytest.raises(UserError, match="'text' is a column of int64; it must be of strings"):
+    with pytest.raises(UserError, match="column 'text' has type int64; it must hold strings"):
         documents(open_text(path))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="not a whole parquet file"):
+    with pytest.raises(UserError, match="damaged parquet file"):
         documents(open_text(path))
 
 
@@ -228,7 +228,7 @@ def test_files_of_other_kinds_are_refused(tmp_path):
         UserError, match=r"a.pdf: only .txt, .md, .jsonl, .parquet files can be read; rename it to .txt"
     ):
         open_text(str(tmp_path / "a.pdf"))
-    with pytest.raises(UserError, match=r"the folder has 1 files, none of them .txt, .md, .jsonl, .parquet"):
+    with pytest.raises(UserError, match=r"the folder has 1 files, but no .txt, .md, .jsonl, .parquet file"):
         open_text(str(tmp_path))
 
 
@@ -296,8 +296,8 @@ def test_offline_hub_text_is_one_quick_line_with_advice(name, told, monkeypatch,
     assert "\n" not in message
     assert message.startswith(f"{name}: Couldn't reach '{SOURCES[name].builder}' on the Hub")
     assert message.endswith(
-        "run the same command where there is a network (the prepared folder can be copied), "
-        "or use pydocs, which needs none"
+        "run the same command on a machine with a network (the prepared folder can be copied), "
+        "or use pydocs, which needs no network"
     )
     assert constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is told
 
@@ -312,8 +312,8 @@ def test_offline_shakespeare_is_one_line_with_advice(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         open_text("shakespeare").splits["train"]()
     assert str(error.value) == (
-        "http://127.0.0.1:9/input.txt cannot be downloaded (ConnectionError); download it where there is a network and "
-        f"put it at {tmp_path / 'shakespeare.txt'}, or use pydocs, which needs none"
+        "http://127.0.0.1:9/input.txt cannot be downloaded (ConnectionError); download it on a machine with a "
+        f"network and copy it to {tmp_path / 'shakespeare.txt'}, or use pydocs, which needs no network"
     )
 
 

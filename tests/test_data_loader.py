@@ -119,7 +119,7 @@ def test_a_short_last_window_is_filled_on_the_right(tmp_path):
 
 
 def test_a_split_with_nothing_to_predict_is_refused(tmp_path):
-    with pytest.raises(UserError, match="val split has 1 tokens, nothing to predict; use more text"):
+    with pytest.raises(UserError, match="val split has 1 tokens and must have at least 2; use more text"):
         next(eval_batches(tokens_of(tmp_path, 1, name="val"), block_size=5, batch_size=2))
 
 
@@ -144,7 +144,7 @@ def test_a_file_cut_short_while_in_use_is_said(tmp_path):
     tokens = tokens_of(tmp_path, 50)
     with open(tokens.path, "r+b") as file:
         file.truncate(60)
-    with pytest.raises(UserError, match="cut short while in use; prepare the text again"):
+    with pytest.raises(UserError, match="truncated while in use; prepare the text again"):
         tokens.read(28, 5)
 
 

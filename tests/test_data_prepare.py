@@ -142,13 +142,13 @@ def test_a_prepared_folder_can_be_copied_and_named_as_the_text(tmp_path, lines):
     original = quietly(lines, "byte", tmp_path)
     copy = original.directory.rename(tmp_path / "elsewhere")
     assert quietly(str(copy), "byte", tmp_path).digest == original.digest
-    with pytest.raises(UserError, match="elsewhere: prepared with tokenizer byte, not bpe-300; ask for that one"):
+    with pytest.raises(UserError, match=r"elsewhere: prepared with tokenizer byte, not bpe-300; set data.tokenizer"):
         quietly(str(copy), "bpe-300", tmp_path)
 
 
 def test_a_text_too_small_for_the_vocabulary_says_what_it_gave(tmp_path):
     prepared = quietly(write(tmp_path / "a.txt", "tick tock " * 9), "bpe-4096", tmp_path)
-    assert f"too small to learn bpe-4096 from; it gave {prepared.tokenizer.name}" in prepared.summary()
+    assert f"too small for bpe-4096: the tokenizer is {prepared.tokenizer.name}" in prepared.summary()
     assert prepared.tokenizer.n_vocab < 300
 
 
@@ -271,9 +271,7 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(tmp_path, lines, mon
         patch.setattr(os, "fsync", fail_at(9, os.fsync, OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(UserError) as error:
             quietly(lines, "byte", tmp_path / "full")
-    assert str(error.value).endswith(
-        ": the disk is full; make room and run the same command, it goes on where it stopped"
-    )
+    assert str(error.value).endswith(": the disk is full; free some space and run the same command again, it resumes")
     assert final_folders(tmp_path / "full") == []
     assert pieces_done(tmp_path / "full") > 0
     expected = content(quietly(lines, "byte", tmp_path / "roomy").directory)
@@ -285,13 +283,13 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(tmp_path, lines, mon
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "the text is empty"), ("tiny", "the text has 4 bytes, too few to keep a tenth for validation")],
+    [("", "the text is empty"), ("tiny", "the text has 4 bytes, too few to hold out a tenth for validation")],
 )
 def test_a_text_without_enough_text_is_refused_and_leaves_nothing(tmp_path, text, message):
     path = write(tmp_path / "a.txt", text)
     with pytest.raises(UserError) as error:
         quietly(path, "byte", tmp_path / "root")
-    assert str(error.value) == f"a: {message} ({path}); give a longer one"
+    assert str(error.value) == f"a: {message} ({path}); use a longer text"
     assert [name for name in os.listdir(tmp_path / "root") if not name.endswith(".lock")] == []
 
 
@@ -316,7 +314,7 @@ def test_a_truncated_token_file_is_refused(tmp_path, lines):
     with pytest.raises(UserError) as error:
         open_prepared(prepared.directory)
     assert str(error.value) == (
-        f"{path}: has {2 * n_tokens - 2} bytes where {n_tokens} tokens of <u2 take {2 * n_tokens}; "
+        f"{path}: has {2 * n_tokens - 2} bytes, but {n_tokens} tokens of <u2 take {2 * n_tokens}; "
         "delete the folder and prepare the text again"
     )
 
@@ -324,7 +322,7 @@ def test_a_truncated_token_file_is_refused(tmp_path, lines):
 def test_a_missing_token_file_is_refused(tmp_path, lines):
     prepared = quietly(lines, "byte", tmp_path)
     (prepared.directory / "train.bin").unlink()
-    with pytest.raises(UserError, match=r"train.bin: has 0 bytes where"):
+    with pytest.raises(UserError, match=r"train.bin: has 0 bytes, but"):
         open_prepared(prepared.directory)
 
 
@@ -338,7 +336,7 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path, lines):
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        (None, "not a prepared text, it has no meta.json"),
+        (None, "not a prepared text: meta.json is missing"),
         ("{", "damaged"),
         ("[]", "damaged"),
         ('{"format": "sash-tokens-1"}', "damaged"),

@@ -27,7 +27,7 @@ def test_figures_of_another_checkpoint_are_dropped_and_that_is_said(tmp_path, ca
     assert capsys.readouterr().err == ""
     keep(tmp_path, 7, [Found(figures={"b": 3.0}, text="")], plot=False)
     assert json.loads((tmp_path / FILE).read_text()) == {"evaluated_step": 7, "b": 3.0}
-    assert "was of step 5, and is begun anew with step 7" in capsys.readouterr().err
+    assert "had results of step 5; replacing them with step 7" in capsys.readouterr().err
 
 
 def test_evaluations_that_end_together_are_all_kept(tmp_path):
@@ -73,19 +73,19 @@ def test_the_table_has_the_four_digits_that_training_prints(program, run_copy):
         (["--context", 0], "--context (0) must be at least 1"),
         (["--tokens", -1], "--tokens (-1) must be at least 1"),
         (["--attention-to-first", 0], "--attention-to-first (0) must be at least 1"),
-        (["--attention-to-first", 16], "--attention-to-first (16) must be below the context (16)"),
-        (["--attention-to-first", 1, "--context", 9999], "less than a context (9999)"),
-        (["--extrapolate", 16], "--extrapolate (16) must be more than the context of training (16)"),
-        (["--extrapolate", 64, "--stride", 4], "--extrapolate takes contexts of its own: leave out --context and"),
-        (["--stride", 17], "--stride (17) is more than the context (16)"),
-        (["--window", 4], "--window (4) has an effect only with --stream"),
-        (["--length", 4], "--length (4) has an effect only with --stream"),
-        (["--stream", "--n-sink", 1], "--n-sink (1) has an effect only with --window"),
-        (["--stream", "--window", 4, "--n-sink", 2, 2], "--n-sink (2 2) must be different numbers"),
+        (["--attention-to-first", 16], "--attention-to-first (16) must be less than the context length (16)"),
+        (["--attention-to-first", 1, "--context", 9999], "less than one context of 9999"),
+        (["--extrapolate", 16], "--extrapolate (16) must be more than the training context (16)"),
+        (["--extrapolate", 64, "--stride", 4], "--extrapolate chooses the contexts itself: leave out --context and"),
+        (["--stride", 17], "--stride (17) must be at most the context length (16)"),
+        (["--window", 4], "--window (4) requires --stream"),
+        (["--length", 4], "--length (4) requires --stream"),
+        (["--stream", "--n-sink", 1], "--n-sink (1) requires --window"),
+        (["--stream", "--window", 4, "--n-sink", 2, 2], "--n-sink (2 2) must be numbers without repetition"),
         (["--stream", "--window", 4, "--n-sink", -1], "--n-sink (-1) must be at least 0"),
-        (["--stream", "--length", 99999], "--length (99999) is more than the "),
-        (["--recall", "--context", 2, "--tokens", 60], "--recall: a context of 2 tokens is too short to ask anything"),
-        (["--text", "nowhere.txt"], "nowhere.txt: there is no such file or folder"),
+        (["--stream", "--length", 99999], "--length (99999) must be at most "),
+        (["--recall", "--context", 2, "--tokens", 60], "--recall: a context of 2 tokens is too short for any question"),
+        (["--text", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["--device", "abacus"], "device (abacus) is unknown"),
     ],
 )
@@ -104,7 +104,7 @@ def test_learned_positions_cannot_be_left(program, tmp_path):
     (tmp_path / "long.txt").write_text(LINE * 9, encoding="utf-8")
     text = ("--text", tmp_path / "long.txt", "--device", "cpu")
     for wrong in (["--context", 17], ["--stream", "--window", 4], ["--recall", "--context", 20]):
-        program(script.main, tmp_path / "run", *wrong, *text).assert_refused("the 16 of the learned positions")
+        program(script.main, tmp_path / "run", *wrong, *text).assert_refused("the 16 learned positions")
 
 
 def test_a_tokenizer_that_joins_letters_cannot_be_asked(program, run_copy, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_tokenizer_that_joins_letters_cannot_be_asked(program, run_copy, monke
     fields = {name: getattr(opened, name) for name in opened.__slots__} | {"tokenizer": joining}
     monkeypatch.setattr(script, "open_subject", lambda *_, **__: subject.Subject(**fields))
     program(script.main, run_copy, "--recall").assert_refused(
-        "asks for single characters", "train with the tokenizer char"
+        "needs one token per character", "train with the tokenizer char"
     )
 
 
@@ -122,9 +122,7 @@ def test_a_text_that_changed_since_training_is_no_validation_stream(program, ran
     content = json.loads(path.read_text())
     content["config"]["data"] |= {"text": str(text), "tokenizer": "byte", "dir": str(text.parent / "prepared")}
     path.write_text(json.dumps(content))
-    program(script.main, random_run).assert_refused(
-        "is not the one of this run any more", "give another text with --text"
-    )
+    program(script.main, random_run).assert_refused("has changed since this run was trained", "give a text with --text")
 
 
 def test_a_damaged_file_of_evaluations_is_not_overwritten(program, run_copy):

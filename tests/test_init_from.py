@@ -85,7 +85,7 @@ def test_the_tokenizer_of_a_run_is_given_by_its_path(tmp_path, text, first):
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path, text, first, program):
-    said = f"tokenizer {tmp_path}/none: there is no {tmp_path}/none/tokenizer.json; a run's directory has one"
+    said = f"tokenizer {tmp_path}/none: there is no {tmp_path}/none/tokenizer.json; give the directory of a run"
     refused(program, tmp_path, text, first.path, said, data={"tokenizer": f"{tmp_path}/none"})
 
 

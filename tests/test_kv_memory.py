@@ -126,7 +126,10 @@ def test_the_plot_is_a_picture_with_a_line_for_each_variant(ask, tmp_path, monke
         (["--n-layer", 0], "n_layer (0): input should be greater than or equal to 1"),
         (["--window", 0], "window (0): input should be greater than or equal to 1"),
         (["configs/gpt3.toml"], "configs/gpt3.toml does not exist; did you mean configs/gpt2.toml?"),
-        (["configs/gpt2.toml", "--context", 1025], "--context (1025) is more than the 1024 learned positions"),
+        (
+            ["configs/gpt2.toml", "--context", 1025],
+            "--context (1025) must be at most 1024, the number of learned positions",
+        ),
         (["configs/gpt2.toml", "--pattern", "5:1"], "has swa layers: give window"),
     ],
 )
@@ -136,9 +139,9 @@ def test_a_shape_that_cannot_be_gets_a_line(ask, wrong, said):
 
 @pytest.mark.parametrize("other", [["configs/demo.toml"], ["--n-layer", 3], ["--context", 7], ["--plot", "kv.png"]])
 def test_presets_stand_as_they_are(ask, other):
-    ask("--presets", *other).assert_refused("--presets has every preset as it is: leave", str(other[-1]))
+    ask("--presets", *other).assert_refused("--presets shows all presets unchanged: leave out", str(other[-1]))
 
 
 def test_no_presets_are_said(ask, tmp_path, monkeypatch):
     monkeypatch.setattr(kv_memory, "PRESETS", tmp_path)
-    ask("--presets").assert_refused("--presets: there is no config in")
+    ask("--presets").assert_refused("--presets: there are no configs in")

@@ -36,10 +36,14 @@ def test_contexts_are_doubled_and_rope_over_all_tokens_is_stretched_with_them(ru
 @pytest.mark.parametrize(
     ("design", "n", "said"),
     [
-        ({"position": "learned"}, 1, "the learned positions of this model end at 16, and so do these contexts"),
-        ({"position": "alibi"}, 3, "no layer has plain RoPE over all tokens: there is nothing to stretch"),
-        ({"pattern": "swa", "window": 4}, 3, "no layer has plain RoPE over all tokens"),
-        ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 4}, 3, "no layer has plain RoPE over all tokens"),
+        ({"position": "learned"}, 1, "the learned positions of this model limit the context to 16 tokens"),
+        ({"position": "alibi"}, 3, "no layer has unscaled RoPE without a window, so there is nothing to scale"),
+        ({"pattern": "swa", "window": 4}, 3, "no layer has unscaled RoPE without a window"),
+        (
+            {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained": 4},
+            3,
+            "no layer has unscaled RoPE without a window",
+        ),
     ],
     ids=str,
 )

@@ -71,8 +71,8 @@ def test_recall_is_told_by_octaves_and_by_windows(tmp_path, monkeypatch, capsys)
         assert found[f"{probe}_accuracy[from 2W]"] == found[f"{probe}_accuracy[beyond reach]"] == 0.0
         assert 0 < found[f"{probe}_accuracy"] < 1
     shown = capsys.readouterr().out
-    assert "recall in 128 tokens, W = 12, all layers together reach 22 tokens back" in shown
-    assert ["by", "chance", "3.8%", "0.001%"] in [line.split() for line in shown.splitlines()]
+    assert "recall, context 128 tokens, window W = 12, reach of all layers together 22 tokens" in shown
+    assert ["chance", "3.8%", "0.001%"] in [line.split() for line in shown.splitlines()]
     curve = json.loads((tmp_path / "run" / "recall_by_distance.json").read_text())
     assert curve["distance"] == [1, 2, 4, 8, 16, 32, 64]
     assert curve["recall"][3:6] == [1.0, found["recall_accuracy[distance 16-31]"], 0.0]
@@ -104,7 +104,7 @@ def test_reach_is_not_known_where_sinks_stay_or_a_layer_sees_all():
 def test_a_network_that_knows_nothing_of_recall_is_said_to(random_run, capsys):
     found = figures(random_run, recall=True, tokens=600, context=200, device="cpu")
     assert found["recall_accuracy[context=200]"] < 4 * CHANCE
-    assert "note: trained on pydocs, not on recall: expect little more than chance" in capsys.readouterr().out
+    assert "note: trained on pydocs, not on recall: expect accuracy close to chance" in capsys.readouterr().out
 
 
 @pytest.mark.slow

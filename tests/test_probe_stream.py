@@ -55,7 +55,7 @@ def test_a_sample_has_one_target_of_each_part_of_the_stream(N, n):
 
 def test_a_window_wider_than_that_of_training_is_said(run_copy, capsys):
     figures(run_copy, stream=True, window=6, length=40)
-    assert "note: layers that were trained with a window of 5 now see 6 tokens" in capsys.readouterr().out
+    assert "note: layers trained with a window of 5 now attend to 6 tokens" in capsys.readouterr().out
     figures(run_copy, stream=True, window=5, length=40)
     assert "note" not in capsys.readouterr().out
 
@@ -77,4 +77,4 @@ def test_the_attention_that_first_tokens_get_is_a_column_for_each_layer(run_copy
     assert found["attention_to_first[k=2]"] == pytest.approx(sum(by_layer) / 2)
     assert 0 < by_layer[0] < by_layer[1] < 1  # the window of layer 0 loses them
     equal = sum(2 / n for n in range(3, 17)) / 14
-    assert f"where attention to all is equal  {equal:.4f}" in capsys.readouterr().out
+    assert f"with uniform attention  {equal:.4f}" in capsys.readouterr().out

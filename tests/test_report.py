@@ -142,7 +142,7 @@ def test_what_a_resumed_run_measured_before_counts(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        (STUDY, {"name": "x"}, "it has no question, baseline, cells): repeat the study's command"),
+        (STUDY, {"name": "x"}, "it has no question, baseline, cells): run the study again"),
         ("cells/full-s1/loss_by_position.json", {}, "it has no position, loss): evaluate again"),
         ("cells/full-s1/recall_by_distance.json", {"distance": [], "recall": []}, "it has no chance): evaluate again"),
     ],

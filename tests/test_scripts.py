@@ -104,7 +104,7 @@ def test_runs_evaluated_on_different_streams_share_no_table(runs, tmp_path, text
     other = train.run(run_config(tmp_path, text, "other", train={"eval_tokens": 50})).path
     with pytest.raises(UserError) as error:
         collect([runs / "wide", other])
-    assert str(error.value) == "2 evaluation streams among these runs: their losses cannot share a table"
+    assert str(error.value) == "these runs have 2 different evaluation streams: their losses are not comparable"
 
 
 def test_the_folder_of_runs_may_hold_the_report_itself(runs, tmp_path, program):

@@ -63,7 +63,7 @@ def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
 
 def test_variants_without_a_common_seed_are_not_compared(tmp_path):
     cells = [planted(tmp_path, "full", 1, 3.0, pattern="full", window=None), planted(tmp_path, "narrow", 2, 3.5)]
-    assert compared(collect([study(tmp_path, cells)]), "val_perplexity", "narrow") == "no seed in common"
+    assert compared(collect([study(tmp_path, cells)]), "val_perplexity", "narrow") == "no common seed"
 
 
 @pytest.mark.parametrize(

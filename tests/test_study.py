@@ -22,12 +22,12 @@ SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.toml"))
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"baseline": "wid"}, "baseline (wid) is no variant; did you mean wide?"),
-        ({"baseline": "mha"}, "baseline (mha) is no variant; they are wide, narrow"),
+        ({"baseline": "wid"}, "baseline (wid) is not a variant; did you mean wide?"),
+        ({"baseline": "mha"}, "baseline (mha) is not a variant; it must be one of wide, narrow"),
         ({"baseline": None}, "baseline"),
-        ({"variants": {}}, "it has no variants: give [variants.NAME] tables, or a [grid]"),
-        ({"seeds": []}, "seeds ([]) must be some, each once"),
-        ({"seeds": [1, 2, 1]}, "seeds ([1, 2, 1]) must be some, each once"),
+        ({"variants": {}}, "the study has no variants: add [variants.NAME] tables or a [grid]"),
+        ({"seeds": []}, "seeds ([]) must be a list of different numbers, at least one"),
+        ({"seeds": [1, 2, 1]}, "seeds ([1, 2, 1]) must be a list of different numbers, at least one"),
         ({"seeds": ["a"]}, "seeds"),
         ({"varaints": {}}, "varaints is unknown; did you mean variants?"),
         ({"grid": {"model": {"window": 3}}}, "grid.model.window (3) must be a list of the values to try"),
@@ -46,7 +46,7 @@ SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.toml"))
         ),
         (
             {"variants": {"wide": {"model": {"window": 9}}, "same": {"model": {"window": 9}}}},
-            "variants 'wide' and 'same' are the same experiment: leave one out",
+            "variants 'wide' and 'same' are the same experiment: remove one",
         ),
         ({"measure": [["scripts.mesure"]]}, "measure: there is no module scripts.mesure"),
     ],
@@ -133,14 +133,14 @@ def test_a_dry_run_shows_the_cells_and_leaves_nothing(write_study, program, monk
     assert ended.code == 0, ended.err
     rows = [[x.strip() for x in line.split("|")[2:6]] for line in ended.out.splitlines() if line.startswith("|")]
     assert rows[2:] == [["wide", "1", "12 steps", "0.02 M"], ["wide", "2", "12 steps", "0.02 M"]]
-    assert "An estimate: FLOPs at 25% (assumed) of the 1,000 GFLOP/s measured" in ended.out
+    assert "an estimate from FLOPs, at 25% MFU (assumed) of the 1,000 GFLOP/s measured" in ended.out
     assert not file.with_suffix("").exists()
 
 
 def test_a_tokenizer_that_is_none_is_no_plan(write_study, program, monkeypatch):
     monkeypatch.setattr("scripts.ablate.plan.matmul_rate", lambda runtime: 1e12)
     file = write_study(overrides={"data": {"tokenizer": "bqe-300"}}, variants={"wide": {}})
-    program(lab.main, file, "--dry-run").assert_refused("tokenizer 'bqe-300' is none of")
+    program(lab.main, file, "--dry-run").assert_refused("tokenizer 'bqe-300' must be one of")
 
 
 def test_the_estimate_counts_training_and_evaluation(write_study):

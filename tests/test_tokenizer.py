@@ -51,7 +51,7 @@ def test_char_names_the_character_that_it_cannot_write():
         tokenizer.encode("abcéd")
     assert str(error.value) == (
         "the character 'é' (byte 0xc3) never occurred in the text that this char tokenizer was made from; "
-        "leave it out, or use the tokenizer byte or bpe-4096"
+        "leave it out, or train with the tokenizer byte or bpe-4096"
     )
 
 
@@ -152,8 +152,8 @@ def damage_pattern(saved: bytes) -> bytes:
         (damage_json, "damaged, not JSON; copy it again"),
         (damage_token, "damaged, its digest is"),
         (damage_pattern, "damaged (ValueError("),
-        (lambda saved: b"{}", "not a tokenizer that Sash saved"),
-        (lambda saved: b"[]", "not a tokenizer that Sash saved"),
+        (lambda saved: b"{}", "not a tokenizer saved by Sash"),
+        (lambda saved: b"[]", "not a tokenizer saved by Sash"),
     ],
 )
 def test_damaged_tokenizer_file_is_refused_in_one_line(damage, message, tmp_path):
@@ -176,16 +176,16 @@ def test_missing_tokenizer_file_is_a_clear_line(tmp_path):
     [
         (
             "gpt3",
-            "tokenizer 'gpt3' is none of byte, char, gpt2, cl100k_base, o200k_base, bpe-4096 (or another bpe-N); "
+            "tokenizer 'gpt3' must be one of byte, char, gpt2, cl100k_base, o200k_base, bpe-4096 (or another bpe-N); "
             "did you mean gpt2?",
         ),
         (
             "zzz",
-            "tokenizer 'zzz' is none of byte, char, gpt2, cl100k_base, o200k_base, bpe-4096 (or another bpe-N); "
+            "tokenizer 'zzz' must be one of byte, char, gpt2, cl100k_base, o200k_base, bpe-4096 (or another bpe-N); "
             "choose one of them",
         ),
-        ("bpe-256", "tokenizer bpe-256: the size must be at least 257, the 256 bytes and end-of-text"),
-        ("char", "tokenizer char is learned from a text; give one, or use byte, which needs none"),
+        ("bpe-256", "tokenizer bpe-256: the size must be at least 257: the 256 bytes and end-of-text"),
+        ("char", "tokenizer char must be trained on a text; give one, or use byte, which needs no training"),
     ],
 )
 def test_names_that_cannot_be_made_get_one_line(name, message):
@@ -201,7 +201,7 @@ def test_offline_tiktoken_vocabulary_is_one_line_with_advice(tmp_path, monkeypat
         make_tokenizer("cl100k_base")
     assert str(error.value) == (
         f"tokenizer cl100k_base is not in {tmp_path} and cannot be downloaded (no network); set TIKTOKEN_CACHE_DIR to "
-        "a folder that has it, or use the tokenizer byte or bpe-4096, which need no network"
+        "a folder that contains it, or use the tokenizer byte or bpe-4096, which need no network"
     )
 
 

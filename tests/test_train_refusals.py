@@ -105,7 +105,7 @@ SHORT_TEXT = {"model": {"block_size": 8192}, "train": {"global_batch_tokens": 81
         ({"model": {"vocab_size": 100}}, ["model.vocab_size (100) is below the 257 of byte: leave it out"]),
         ({"data": {"tokenizer": "gpt3"}}, ["tokenizer 'gpt3'", "did you mean gpt2?"]),
         ({"data": {"text": "shakespear"}}, ["text 'shakespear'", "did you mean shakespeare?"]),
-        ({"data": {"text": "no/such/file.txt"}}, ["no/such/file.txt: there is no such file or folder"]),
+        ({"data": {"text": "no/such/file.txt"}}, ["no/such/file.txt: no such file or folder"]),
         (SHORT_TEXT, ["tokens, block_size is 8192; use --model.block_size 2048 or more text"]),
         ({"device": "gpu"}, ["device (gpu) is unknown; here there is"]),
     ],
@@ -127,8 +127,8 @@ def test_cuda_where_there_is_none_ends_a_real_process_with_2(tmp_path, text):
 @pytest.mark.parametrize(
     ("written", "parts"),
     [
-        (b"", ["the text is empty", "give a longer one"]),
-        (b"tiny", ["the text has 4 bytes, too few to keep a tenth for validation", "give a longer one"]),
+        (b"", ["the text is empty", "use a longer text"]),
+        (b"tiny", ["the text has 4 bytes, too few to hold out a tenth for validation", "use a longer text"]),
         (b"fine so far \xff" * 9, ["a.txt: the byte at offset 12 is not UTF-8; convert the file", "iconv"]),
         ("fine".encode("utf-16") * 9, ["a.txt: the byte at offset 0 is not UTF-8", "UTF-16"]),
     ],
@@ -152,8 +152,8 @@ def prepared(tmp_path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
-        (lambda folder: os.truncate(folder / "train.bin", 99), ["train.bin: has 99 bytes where"]),
-        (lambda folder: (folder / "val.bin").unlink(), ["val.bin: has 0 bytes where"]),
+        (lambda folder: os.truncate(folder / "train.bin", 99), ["train.bin: has 99 bytes, but"]),
+        (lambda folder: (folder / "val.bin").unlink(), ["val.bin: has 0 bytes, but"]),
         (lambda folder: os.truncate(folder / "meta.json", 30), ["meta.json: damaged"]),
         (
             lambda folder: make_tokenizer("char", lambda: iter(["other"])).save(folder / "tokenizer.json"),

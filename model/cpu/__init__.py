@@ -1,8 +1,8 @@
-"""The CPU's own code behind one facade: everything outside this package calls these functions and knows no processor.
+"""CPU-specific code behind one facade: code outside this package calls these functions for any device.
 
-Each function is one of torch's operators by default. Where this processor, the dtype and the sizes make our own code
-faster (docs/experiments.md), that runs instead, with the same result up to rounding. One switch turns all of it off,
-to compare or to debug:
+Each function calls torch's operator by default. If Sash's own code is faster for the processor, dtype and sizes
+(docs/experiments.md), it runs instead, with the same result up to rounding. One switch turns all of it off, for
+comparison and debugging:
 
     SASH_CPU=off python train.py ...        for a whole process
     with cpu.switched_off(): ...            for a block of code
@@ -48,7 +48,7 @@ __all__ = [
     "vocabulary_chunk",
 ]
 
-FEWEST_QUERIES = 32  # from here on AMX attention is the fastest, and tiles beat a mask over a cache (measured)
+FEWEST_QUERIES = 32  # queries from which AMX attention is fastest, and tiles beat a mask over a cache (measured)
 TILES_FROM = 128  # tokens from which tiles beat torch's fused bfloat16 attention (measured)
 
 
@@ -83,17 +83,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def loss_rows_at_once(logits: Tensor) -> int:
-    """Rows of (N, V) logits to work on at a time: on a CPU as many as stay in its caches, elsewhere all."""
+    """Rows of (N, V) logits to process at a time: on a CPU as many as fit in its caches, otherwise all."""
     return loss_rows.rows_at_once(logits) if logits.is_cpu and is_on() else max(1, len(logits))
 
 
 def vocabulary_chunk(head: Tensor) -> int:
-    """Rows of a (V, C) head to multiply at a time: on a CPU as many as stay in its caches, elsewhere all."""
+    """Rows of a (V, C) head to multiply at a time: on a CPU as many as fit in its caches, otherwise all."""
     return loss_rows.VOCABULARY_CHUNK if head.is_cpu and is_on() else len(head)
 
 
 def loss_and_grad_serves(logits: Tensor, softcap: float | None) -> bool:
-    """Whether loss_and_grad can take these logits."""
+    """Whether loss_and_grad supports these logits."""
     return is_on() and loss_rows.serves(logits, softcap)
 
 
@@ -101,7 +101,7 @@ loss_and_grad = loss_rows.loss_and_grad
 
 
 def attention_serves(head_dim: int, v_head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `attention` can be called with these; the first call compiles its C++."""
+    """Whether `attention` supports these; the first call compiles its C++."""
     return is_on() and amx.serves(max(head_dim, v_head_dim), device, dtype)
 
 

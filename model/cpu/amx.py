@@ -1,4 +1,4 @@
-"""bfloat16 attention with windows and sinks on a CPU with AMX: cpp/attention.cpp as an operator with a backward.
+"""bfloat16 attention with windows and sinks on a CPU with AMX: a custom operator around cpp/attention.cpp.
 
 Dimensions: B batch, H query heads, K KV heads, T keys, Tq queries, D head_dim.
 """
@@ -27,7 +27,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """As in window.h."""
+    """The struct Call of window.h."""
 
     _fields_ = (
         *((name, ctypes.c_long) for name in ("B", "H", "K", "Tq", "T", "D", "window", "n_sink", "parts", "pieces")),
@@ -38,15 +38,15 @@ class _Call(ctypes.Structure):
 
 
 def serves(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `attention` can be called with these; the first call compiles the C++."""
+    """Whether `attention` supports these; the first call compiles the C++."""
     return device.type == "cpu" and dtype == torch.bfloat16 and head_dim % MULTIPLE == 0 and cpp_ops() is not None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, scale: float | None = None) -> Tensor:
     """(B, H, Tq, D) over (B, K, T, D) keys and (B, K, T, Dv) values -> (B, H, Tq, Dv); scale None: 1 / sqrt(D).
 
-    Queries are those of the last Tq keys; each attends to the last `window` keys and the first n_sink. Where D and Dv
-    differ, zeros widen the narrower one.
+    The queries are at the positions of the last Tq keys; each attends to the last `window` keys (itself included) and
+    the first n_sink. If D and Dv differ, the narrower is padded with zeros.
     """
     D, Dv = q.shape[-1], v.shape[-1]
     if Dv == D:
@@ -60,7 +60,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, scale: 
 def amx(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """(B, H, Tq, D) over (B, K, T, D) -> (B, H, Tq, D), and the log-sum-exp of the scores (B, H, Tq), base 2.
 
-    An online softmax over blocks of keys (2205.14135).
+    Computed with an online softmax over blocks of keys (2205.14135).
     """
     q, k, v = (_with_rows(x) for x in (q, k, v))
     out, lse = _results(q)
@@ -88,7 +88,7 @@ def amx_backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     if call.parts > 1:
         dk, dv = (x.new_empty(call.B, call.K * call.parts, call.T, call.D) for x in (k, v))
-    if call.Tq < call.T:  # there may be keys that no query sees
+    if call.Tq < call.T:  # some keys may not be attended to by any query
         dk.zero_(), dv.zero_()
     _place(call, lse, q=q, k=k, v=v, out=out, grad=grad, dq=dq, dk=dk, dv=dv)
     _run("backward", call)
@@ -98,14 +98,14 @@ def amx_backward(
 
 
 def work_bytes(q: Tensor, k: Tensor, v: Tensor, window: int, n_sink: int, *_: Any, backward: bool) -> int:
-    """Workspace of a call beside its arguments and results, from shapes alone."""
+    """Workspace of a call in bytes, computed from shapes."""
     call = _call(q, k, window, n_sink, None, backward=backward)
-    partial = 2 * (call.parts - 1) * k.nbytes  # gradients of keys and values, more than one of each
+    partial = 2 * (call.parts - 1) * k.nbytes  # additional partial gradients of keys and values
     return _memory("backward" if backward else "forward", call) + partial
 
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The output is stored time before heads, as the projection behind it reads it."""
+    """Empty outputs; `out` is stored with time before heads, the layout that the output projection reads."""
     B, H, Tq, D = q.shape
     return q.new_empty(B, Tq, H, D).transpose(1, 2), q.new_empty(B, H, Tq, dtype=torch.float32)
 
@@ -117,7 +117,7 @@ def _with_rows(x: Tensor) -> Tensor:
 def _call(q: Tensor, k: Tensor, window: int, n_sink: int, scale: float | None, *, backward: bool) -> _Call:
     (B, H, Tq, D), (K, T) = q.shape, k.shape[1:3]
     n_threads, parts, pieces = torch.get_num_threads(), 1, 1
-    if backward:  # the gradients of a KV head are summed by one thread, or in parts that are added up
+    if backward:  # one thread sums the gradients of a KV head, or several parts that are added afterwards
         parts = min(H // K, -(-n_threads // (B * K)))
     else:
         pieces = -(-TASKS * n_threads // (B * K))
@@ -132,14 +132,14 @@ def _place(call: _Call, lse: Tensor, **tensors: Tensor) -> None:
 
 
 def _run(name: str, call: _Call) -> None:
-    memory = torch.empty(_memory(name, call), dtype=torch.uint8)  # which torch aligns to 64 bytes
+    memory = torch.empty(_memory(name, call), dtype=torch.uint8)  # torch aligns it to 64 bytes
     getattr(cpp_ops(), name)(ctypes.byref(call), ctypes.c_void_p(memory.data_ptr()), torch.get_num_threads())
 
 
 def _memory(name: str, call: _Call) -> int:
     loaded = cpp_ops()
     assert loaded is not None
-    assert loaded.call_bytes() == ctypes.sizeof(_Call), "window.h and this file differ in what a call is"
+    assert loaded.call_bytes() == ctypes.sizeof(_Call), "the struct Call differs between window.h and this file"
     return torch.get_num_threads() * getattr(loaded, f"{name}_bytes")(ctypes.byref(call))
 
 
@@ -160,7 +160,7 @@ amx_backward.register_fake(
     lambda grad, out, lse, q, k, v, *_: tuple(torch.empty_like(_with_rows(x)) for x in (q, k, v))
 )
 
-WORKSPACE = {  # operator -> its workspace, and the index of q among its arguments
+WORKSPACE = {  # operator -> its workspace in bytes, and the index of q among its arguments
     torch.ops.sash.amx.default: (work_bytes, 0),
     torch.ops.sash.amx_backward.default: (work_bytes, 3),
 }

@@ -1,4 +1,4 @@
-"""What compilers make here: where it is kept, and libraries of C++."""
+"""Compile C++ libraries, and cache compiled code by processor."""
 
 import ctypes
 import hashlib
@@ -16,7 +16,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
 class BuildError(Exception):
-    """Nothing to compile with, or what the compiler said, in one line."""
+    """There is no compiler, or it failed; the message is one line."""
 
 
 def compiler() -> str | None:
@@ -24,22 +24,22 @@ def compiler() -> str | None:
 
 
 def keep_compiled_code() -> None:
-    """What torch compiles serves later runs on such a processor; torch would keep it where temporary files are."""
+    """Cache code compiled by torch for later runs on this kind of processor; torch's default is a temp directory."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_place("inductor")))
 
 
 def library(folder: Path) -> ctypes.CDLL:
-    """The C++ of a folder, compiled for this processor unless that was done before. BuildError where it cannot be."""
+    """Load the C++ library of a folder, compiling it for this processor if necessary. BuildError if that fails."""
     sources = [*sorted(folder.glob("*.h")), *sorted(folder.glob("*.cpp"))]
     key = hashlib.sha256(b"\0".join([*(source.read_bytes() for source in sources), *map(str.encode, FLAGS)]))
     path = _place("cpp") / f"{folder.name}-{key.hexdigest()[:16]}.so"
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # not there, or not whole
+    except OSError:  # missing or incomplete
         _compile(folder, path)
     try:
         return ctypes.CDLL(str(path))
-    except OSError as error:  # a place that nothing may be run from, say
+    except OSError as error:  # for example on a noexec file system
         raise BuildError(str(error)) from error
 
 
@@ -49,7 +49,7 @@ def _compile(folder: Path, path: Path) -> None:
     print(f"note: compiling {os.path.relpath(folder)} for this processor, once", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as own:  # other processes may be at it too
+        with tempfile.TemporaryDirectory(dir=path.parent) as own:  # other processes may be compiling too
             made = Path(own) / path.name
             call = [command, *FLAGS, *map(str, sorted(folder.glob("*.cpp"))), "-o", str(made)]
             done = subprocess.run(call, capture_output=True, text=True)
@@ -62,6 +62,6 @@ def _compile(folder: Path, path: Path) -> None:
 
 
 def _place(kind: str) -> Path:
-    """Processors that differ have folders of their own."""
+    """The cache directory, separate for each kind of processor."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "sash" / kind / processor.fingerprint()

@@ -1,4 +1,4 @@
-"""The C++ of model/cpu/cpp, for CPUs with AMX: compiled at its first use for this processor."""
+"""The C++ operators in model/cpu/cpp, for CPUs with AMX; compiled on first use."""
 
 import ctypes
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 from model.cpu.cpp_build import BuildError, library
 from model.cpu.processor import has_amx
 
-_loaded: dict[str, ctypes.CDLL | None] = {}  # once it is there, torch.compile does not look into _load
+_loaded: dict[str, ctypes.CDLL | None] = {}  # once filled, torch.compile does not trace into _load
 
 
 def cpp_ops() -> ctypes.CDLL | None:
-    """The compiled library; None without AMX or a compiler, or where it cannot be loaded."""
+    """The compiled library; None without AMX or a compiler, or if it cannot be loaded."""
     if "library" not in _loaded:
         _loaded["library"] = _load()
     return _loaded["library"]

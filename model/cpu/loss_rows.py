@@ -1,4 +1,4 @@
-"""Rows of logits on a CPU: how many stay in its caches, and their loss and gradient in C++ where there is AMX.
+"""Loss of rows of logits on a CPU: how many rows fit in its caches, and the C++ operator for CPUs with AMX.
 
 Dimensions: N rows, V vocabulary.
 """
@@ -9,23 +9,23 @@ from torch import Tensor
 from model.constants import IGNORED
 from model.cpu.cpp_ops import cpp_ops
 
-CACHED_ELEMENTS = 1 << 20  # logits to work on at a time between two matmuls
+CACHED_ELEMENTS = 1 << 20  # logits to process at a time
 VOCABULARY_CHUNK = 1 << 11  # rows of the head to multiply at a time
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """Rows of (N, V) logits that stay in the caches."""
+    """Rows of (N, V) logits that fit in the caches."""
     return max(1, CACHED_ELEMENTS // logits.shape[1])
 
 
 def serves(logits: Tensor, softcap: float | None) -> bool:
-    """Whether loss_and_grad can take these logits."""
+    """Whether loss_and_grad supports these logits."""
     return logits.is_cpu and logits.dtype == torch.bfloat16 and softcap is None and cpp_ops() is not None
 
 
 @torch.library.custom_op("sash::loss_and_grad", mutates_args=("logits",))
 def loss_and_grad(logits: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float) -> Tensor:
-    """The loss (N,) of contiguous (N, V) logits by cpp/loss.cpp; with weights (N,) the gradient replaces the logits."""
+    """Loss (N,) of contiguous (N, V) logits by cpp/loss.cpp; with weights (N,), the gradient overwrites the logits."""
     n, V = logits.shape
     if n and not int(targets.max()) < V:
         raise IndexError(f"target {int(targets.max())} is not one of {V} tokens")

@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep the memory of tensors that are freed."""
+"""Configure glibc's allocator to keep the memory of freed tensors."""
 
 import ctypes
 import os
@@ -6,13 +6,14 @@ import sys
 
 from model.cpu.switch import is_on
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
     """Keep the memory of freed tensors in the process, so that each page is mapped and cleared once, not every step.
 
-    Called before the first tensor it also asks for huge pages. Costs 2 to 5 % of peak memory, saves about as much time.
+    If called before the first tensor is created, it also enables huge pages. Costs 2 to 5 % more peak memory and saves
+    about as much time.
     """
     if not is_on():
         return

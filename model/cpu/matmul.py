@@ -1,8 +1,8 @@
-"""Linear layers on a CPU, forward and backward, by the kernel that measured fastest (docs/experiments.md).
+"""Linear layers on a CPU, forward and backward, with the kernel measured as fastest (docs/experiments.md).
 
 AMD EPYC with AVX512-BF16: as convolutions with 1 x 1 kernels. oneDNN packs the weights once for these, and in float32
 its convolutions beat MKL's matmul. Intel Xeon with AMX: convolutions are slower; instead large weight gradients first
-copy their transposed operand into row order, and are split where oneDNN would leave them to a single thread.
+copy their transposed operand into row order, and are split if oneDNN would run them on a single thread.
 
 Dimensions: N rows, I inputs, O outputs.
 """
@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 from model.cpu.cpp_ops import cpp_ops
 from model.cpu.processor import convolves
 
-# Thresholds, measured: a matmul becomes a convolution from these many rows and multiply-adds on.
+# Measured thresholds: minimum rows and multiply-adds for a matmul to run as a convolution.
 LEAST = {torch.bfloat16: (1 << 10, 1 << 27), torch.float32: (1 << 6, 1 << 25)}
-LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # the same for weight gradients
-LEAST_COPIED = 1 << 19, 3 << 28  # weights and multiply-adds from which a transposed copy pays for itself
-LEAST_SHARED = 1 << 20  # results below which oneDNN uses one thread,
-FEW_ROWS, MANY_ROWS = 384, 1024  # unless there are at most 384 rows or at least 1024
+LEAST_OF_WEIGHTS = LEAST | {torch.bfloat16: (1 << 11, 1 << 30)}  # thresholds for weight gradients
+LEAST_COPIED = 1 << 19, 3 << 28  # weights and multiply-adds from which a transposed copy pays off
+LEAST_SHARED = 1 << 20  # output elements below which oneDNN uses a single thread,
+FEW_ROWS, MANY_ROWS = 384, 1024  # unless there are at most 384 or at least 1024 rows
 
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN adds the bias; F.linear copies it to each row
 
@@ -60,14 +60,14 @@ def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     """grad.T @ x: (N, O), (N, I) -> (O, I)."""
     if _copy_transposed(grad, x.shape[1]):
         return _all_threads(_transposed(grad), x)
-    copied = not grad.is_contiguous()  # columns of a wider matrix; copying bfloat16 costs as much as is gained
+    copied = not grad.is_contiguous()  # a slice of a wider matrix; in bfloat16 the copy costs as much as it saves
     if (copied and grad.dtype == torch.bfloat16) or not _convolve(grad, x.shape[1], LEAST_OF_WEIGHTS):
         return grad.T @ x
     return F.conv_transpose2d(x[None, :, :, None], grad[:, :, None, None])[0, :, :, 0]
 
 
 def _convolve(x: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int]]) -> bool:
-    """Whether a convolution multiplies (..., C) by (C, others) faster; with one thread it never does."""
+    """Whether (..., C) @ (C, others) is faster as a convolution; never with a single thread."""
     if torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in sizes:
         return False
     least_rows, least = sizes[x.dtype]
@@ -76,7 +76,7 @@ def _convolve(x: Tensor, others: int, sizes: dict[torch.dtype, tuple[int, int]])
 
 
 def _copy_transposed(x: Tensor, others: int) -> bool:
-    """Whether a transposed copy of (..., C) makes the gradient of a (C, others) weight faster."""
+    """Whether a transposed copy of (..., C) speeds up the gradient of a (C, others) weight."""
     least_weights, least = LEAST_COPIED
     if not x.is_cpu or x.dtype != torch.bfloat16 or x.shape[-1] * others < least_weights:
         return False
@@ -97,7 +97,7 @@ def _transposed(rows: Tensor) -> Tensor:
 
 @_transposed.register_fake
 def _empty_transposed(rows: Tensor) -> Tensor:
-    """A row stride above N: rows that are a power of two apart would compete for the same cache lines."""
+    """Output buffer with a padded row stride: rows a power of two apart would compete for the same cache lines."""
     N, C = rows.shape
     return rows.new_empty(C, (N // 32 + 2) * 32)[:, :N]
 

@@ -1,4 +1,4 @@
-"""RMSNorm on a CPU, where torch has a chain of operators for it but one fused kernel for layer norms."""
+"""RMSNorm on a CPU, by way of torch's fused layer norm backward, as torch has no fused CPU kernel for RMSNorm."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The backward of a layer norm with mean 0, plus the term that its gradient of the mean subtracted."""
+        """The backward of a layer norm with mean 0, without the gradient term of the mean, which is added back."""
         x, weight, scale = ctx.saved_tensors
         grad, mean = grad.contiguous(), torch.zeros_like(scale)
         inputs = (grad, x, weight.shape, mean, scale, weight, None, [True, True, False])

@@ -1,4 +1,4 @@
-"""The one switch of the CPU's own code: SASH_CPU=off in the environment, or a block of code."""
+"""The switch for CPU-specific code: SASH_CPU=off in the environment, or the context manager `switched_off`."""
 
 import os
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ _on = os.environ.get("SASH_CPU", "on").lower() not in ("off", "0", "false")
 
 
 def is_on() -> bool:
-    """Whether code of our own may take the place of torch's operators."""
+    """Whether Sash's own CPU code may replace torch's operators."""
     return _on
 
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Torch's own operators alone, in all threads, until the block ends."""
+    """Use only torch's operators, in all threads, within the block."""
     global _on
     before, _on = _on, False
     try:

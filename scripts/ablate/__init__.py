@@ -1,1 +1,1 @@
-"""The ablation lab: a study is a TOML file, its cells are runs."""
+"""The ablation lab: a study is a TOML file, and each of its cells is a training run."""

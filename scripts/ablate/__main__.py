@@ -1,6 +1,6 @@
-"""Run a study, and report what it came to:  python -m scripts.ablate configs/ablations/window.toml
+"""Run an ablation study and write its report:  python -m scripts.ablate configs/ablations/window.toml
 
-The same command repeated goes on where it was stopped or killed, and runs again what failed.
+Re-running the command resumes a study that was interrupted or killed, and retries cells that failed.
 """
 
 import re
@@ -26,25 +26,25 @@ from scripts.report.write import report
 
 @options_class
 class Options:
-    """Train every variant of a study with every seed, each in its own process; measure each; write the report.
+    """Train every variant of a study with every seed, each in its own process, measure the runs and write the report.
 
     A study is a TOML file with a base config, variants or a grid, and seeds: see docs/ablations.md.
     """
 
     study: tyro.conf.Positional[Path]
-    """the study's TOML file"""
+    """TOML file of the study"""
     dry_run: bool = False
-    """list the cells with an estimate of their time and memory, and run nothing"""
+    """list the cells with their estimated time and memory, without running anything"""
     jobs: Count = 1
-    """cells that run at the same time: distributed over the GPUs, or sharing the threads of a CPU"""
+    """number of cells to run at the same time: spread over the GPUs, or sharing the threads of a CPU"""
     shard: str = "1/1"
-    """i/n: run only the i-th of n parts of the cells, for one task of a job array on a cluster"""
+    """i/n: run only part i of n of the cells, for example as one task of a job array on a cluster"""
     out: Path | None = None
-    """directory of cells and report (default: runs/ablations/NAME)"""
+    """directory for the cells and the report (default: runs/ablations/NAME)"""
 
 
 def ablate(options: Options) -> int:
-    """All that a study comes to; return the exit code."""
+    """Run a study and write its report; returns the exit code."""
     study = load_study(options.study)
     out = options.out or Path("runs/ablations") / options.study.stem
     every = cells(study, options.study, out)
@@ -56,7 +56,7 @@ def ablate(options: Options) -> int:
     for data in {cell.config.data: None for cell in part}:
         prepare(data.text, data.tokenizer, root=data.dir)
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / "report.lock")  # shards may end together
+    lock = FileLock(out / "report.lock")  # several shards may finish at the same time
     with lock:
         write_json(out / STUDY, description(study, options.study, every))
     runner = Runner(part, [list(command) for command in study.measure], out, at_a_time=options.jobs)
@@ -73,15 +73,15 @@ def ablate(options: Options) -> int:
 
 
 def of_shard(every: list[Cell], shard: str) -> list[Cell]:
-    """The cells of part i of n, dealt out in turn. UserError where it is no such part."""
+    """Every n-th cell, starting at cell i, for shard "i/n". UserError if it is not of this form."""
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--shard ({shard}) must be i/n with i from 1 to n, as 2/4")
+        raise UserError(f"--shard ({shard}) must be i/n with i from 1 to n, such as 2/4")
     return every[int(match[1]) - 1 :: int(match[2])]
 
 
 def description(study: Study, file: Path, every: list[Cell]) -> dict[str, Any]:
-    """What a report must know of the study."""
+    """The contents of study.json, from which the report is written."""
     return {
         "name": file.stem,
         "question": study.question,

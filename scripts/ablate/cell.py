@@ -1,6 +1,6 @@
-"""The process of a cell: trains it, or measures it, alone; and ends, having saved, when whoever started it is gone.
+"""The worker process of one cell: trains or measures it, and exits after saving if the parent process is gone.
 
-It is started by `scripts.ablate` with a line of JSON on its standard input, and lives until that is closed.
+`scripts.ablate` starts it and writes one line of JSON to its standard input; the process exits when that is closed.
 """
 
 import json
@@ -21,19 +21,19 @@ from cli.program import exit_with_one_line
 from configs.load import build
 from configs.schema import RunConfig
 
-FILE = "cell.json"  # in the run's directory: the commands that have measured it
+FILE = "cell.json"  # in the run's directory: the measuring commands that have finished
 
 
 def measured(run: Path) -> list[list[str]]:
-    """The commands that have measured the trained run."""
+    """The measuring commands that have finished for this run."""
     file = run / FILE
     return read_json(file, keys=["measured"], advice="remove it")["measured"] if file.is_file() else []
 
 
 def train_cell(config: RunConfig) -> None:
-    """Train, or go on; ends the process as train.py does."""
+    """Start or resume training; exits with the code that train.py would exit with."""
     if RunDir(config.path).summary() is None:
-        (config.path / FILE).unlink(missing_ok=True)  # of other weights
+        (config.path / FILE).unlink(missing_ok=True)  # measured with other weights
     try:
         result = train.run(config)
     except train.DivergedError as error:
@@ -43,7 +43,7 @@ def train_cell(config: RunConfig) -> None:
 
 
 def measure_cell(run: Path, command: list[str]) -> None:
-    """Call the command's program for the run, as `python -m` would, and note that it is done."""
+    """Run the command's module on the run, as `python -m` would, and record that it is done."""
     if command in (done := measured(run)):
         return
     module, *arguments = command
@@ -63,7 +63,7 @@ def _end_with_starter() -> None:
 
 
 def do(job: dict[str, Any]) -> None:
-    """Train or measure the run, alone: a process whose starter was killed may still be saving it."""
+    """Train or measure the run under its lock: an earlier process whose parent was killed may still be saving."""
     run = Path(job["run"])
     run.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(run.with_name(run.name + ".lock")):

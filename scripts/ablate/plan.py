@@ -1,4 +1,4 @@
-"""What a study would take, without running it: an estimate of time by arithmetic, and memory by a step on shapes."""
+"""Estimate a study without running it: time from FLOPs, memory from a training step on tensors without data."""
 
 import statistics
 from pathlib import Path
@@ -13,20 +13,20 @@ from scripts.memory import with_known_vocabulary
 from scripts.report.tables import table
 from training.estimate import train_peak
 
-ASSUMED_MFU = 0.25  # the share of the rate of matrix products that small models reached on a CPU
-BYTES_AND_END = 257  # the most tokens of a char tokenizer, whose text says how many
+ASSUMED_MFU = 0.25  # model FLOPs utilization of small models on a CPU, relative to the measured matmul rate
+BYTES_AND_END = 257  # upper bound of the vocabulary of a char tokenizer, whose size depends on the text
 
 
 def plan(cells: list[Cell]) -> str:
-    """The cells as a table, and their time in all."""
+    """A table of the cells, and their total time."""
     if not cells:
-        return "this part has no cells"
+        return "this shard has no cells"
     runtime = resolve(cells[0].config.device, cells[0].config.dtype)
     rate = matmul_rate(runtime)
     known = [mfu for cell in cells for mfu in _measured_mfu(cell.path)]
     mfu = statistics.median(known) if known else ASSUMED_MFU
     rows, seconds_left = [], 0.0
-    memory: dict[str, int] = {}  # by variant: seeds are alike
+    memory: dict[str, int] = {}  # by variant: equal for all seeds
     for cell in cells:
         config = _with_vocabulary(cell.config)
         seconds = train_and_evaluation_flops(config) / (rate * mfu)
@@ -46,17 +46,17 @@ def plan(cells: list[Cell]) -> str:
                 "training memory": f"{memory[cell.variant] / 1e6:,.0f} MB",
             }
         )
-    whence = "as runs here reached" if known else "assumed"
+    source = "measured in finished cells" if known else "assumed"
     return (
-        f"{table(rows)}\n\nto do: about {seconds_left / 60:.1f} min of training and evaluation, one cell at a time; "
-        "what measures a cell after its training comes on top. "
-        f"An estimate: FLOPs at {mfu:.0%} ({whence}) of the {rate / 1e9:,.0f} GFLOP/s measured of matrix products "
-        f"({runtime.why}). Memory is that of a training step with the kernels of a CPU, without allocating it."
+        f"{table(rows)}\n\nremaining: about {seconds_left / 60:.1f} min of training and evaluation, one cell at a "
+        "time, plus the measuring commands. "
+        f"This is an estimate from FLOPs, at {mfu:.0%} MFU ({source}) of the {rate / 1e9:,.0f} GFLOP/s measured for "
+        f"matmuls ({runtime.why}). Memory is estimated for one training step with CPU kernels, without allocating it."
     )
 
 
 def train_and_evaluation_flops(config: RunConfig) -> float:
-    """Of a whole run; an evaluation is forward alone, a third. One over a whole split, of unknown size, is left out."""
+    """FLOPs of a whole run. Evaluation is forward only, a third; one over a whole split of unknown size counts as 0."""
     T, train = config.model.block_size, config.train
     per_token = cost.train_flops(config.model, T) / T
     evaluations = -(-train.max_steps // train.eval_every)
@@ -65,7 +65,7 @@ def train_and_evaluation_flops(config: RunConfig) -> float:
 
 
 def step_memory(config: RunConfig, runtime: Runtime) -> int:
-    """Bytes live at the peak of a training step."""
+    """Peak of live bytes in a training step."""
     parts = train_peak(
         config.model,
         config.micro_rows,

@@ -1,4 +1,4 @@
-"""Runs cells, some at a time, each job of a cell in a process of its own, under one bar for the steps of all."""
+"""Run the cells of a study, several at a time, each job in its own process, with one progress bar over all steps."""
 
 import json
 import os
@@ -22,24 +22,24 @@ from scripts.ablate.study import Cell
 FAILURES = "failures.jsonl"
 POLL_S = 0.2
 
-Job = dict[str, Any]  # {"config": of the run} trains, {"command": [...]} measures; with {"run": its directory}
+Job = dict[str, Any]  # {"config": {...}} trains, {"command": [...]} measures; sent with {"run": directory}
 Failure = dict[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)
 class Task:
-    """A job of a cell under way, and the cell's jobs that come after it."""
+    """A running job of a cell, and the cell's remaining jobs."""
 
     cell: Cell
     job: Job
     rest: deque[Job]
-    place: int  # which of those that run at a time: says which device
+    place: int  # slot among the jobs that run at the same time: selects the device
     child: subprocess.Popen[bytes]
-    log_start: int  # where the job's words begin in the cell's log
+    log_start: int  # offset in bytes of this job's output in the cell's log
 
 
 class Runner:
-    """Works through cells; what is done is not done again, and a cell that fails does not keep others from running."""
+    """Runs all jobs that are not done yet; a failing cell does not stop the others."""
 
     def __init__(self, cells: list[Cell], commands: list[list[str]], out: Path, *, at_a_time: int):
         self.cells, self.commands, self.out, self.at_a_time = cells, commands, out, at_a_time
@@ -47,7 +47,7 @@ class Runner:
         self.failures: list[Failure] = []
 
     def run(self) -> int | None:
-        """All cells; or until a signal, which is returned: what runs is told to save, and waited for."""
+        """Run all cells. On a signal, let running jobs save and exit, and return the signal's number."""
         waiting = deque((cell, jobs) for cell in self.cells if (jobs := self.jobs_of(cell)))
         total = sum(cell.config.train.max_steps for cell in self.cells)
         bar = tqdm(total=total, initial=self.steps_done(), unit="step", desc=self.out.name, disable=None, smoothing=0)
@@ -60,7 +60,7 @@ class Runner:
                 time.sleep(POLL_S)
                 for task in list(self.tasks):
                     if stopped and task.child.stdin is not None:
-                        task.child.stdin.close()  # at which it saves and ends
+                        task.child.stdin.close()  # the child then saves and exits
                     if task.child.poll() is not None:
                         self.tasks.remove(task)
                         self.ended(task, stopping=bool(stopped))
@@ -70,27 +70,27 @@ class Runner:
         return stopped[0] if stopped else None
 
     def jobs_of(self, cell: Cell) -> deque[Job]:
-        """What is left to do for a cell: its training, and each command that has not measured it yet."""
+        """The remaining jobs of a cell: training, and each measuring command that has not finished."""
         trained = RunDir(cell.path).summary() is not None
         done = measured(cell.path) if trained else []
         training = [] if trained else [{"config": cell.config.model_dump(mode="json")}]
         return deque([*training, *({"command": command} for command in self.commands if command not in done)])
 
     def start(self, cell: Cell, jobs: deque[Job], *, place: int) -> None:
-        """Begin the first of a cell's jobs."""
+        """Start the first of a cell's remaining jobs."""
         job = jobs.popleft()
         log = self.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as words:
-            log_start = words.tell()
-            child = cell_process(words, share_of_machine(cell, place, self.at_a_time))
-        assert child.stdin is not None, "it is a pipe"
+        with open(log, "ab") as output:
+            log_start = output.tell()
+            child = cell_process(output, share_of_machine(cell, place, self.at_a_time))
+        assert child.stdin is not None, "stdin must be a pipe"
         child.stdin.write((json.dumps({"run": str(cell.path)} | job) + "\n").encode())
         child.stdin.flush()
         self.tasks.append(Task(cell=cell, job=job, rest=jobs, place=place, child=child, log_start=log_start))
 
     def ended(self, task: Task, *, stopping: bool) -> None:
-        """Note what failed, and go on with the cell's next job; without weights there is nothing to measure."""
+        """Record a failure, then start the cell's next job; an untrained cell is not measured."""
         if stopping:
             return
         if task.child.returncode:
@@ -102,14 +102,14 @@ class Runner:
             self.start(task.cell, task.rest, place=task.place)
 
     def fail(self, task: Task) -> None:
-        """Record a failure, with the last words of the log."""
+        """Record a failure, with the last line of the log."""
         code, log = task.child.returncode, self.log(task.cell)
-        words = log.read_bytes()[task.log_start :].decode(errors="replace").split("\n")
+        lines = log.read_bytes()[task.log_start :].decode(errors="replace").split("\n")
         failure = {
             "cell": task.cell.path.name,
             "job": " ".join(task.job.get("command", ["training"])),
             "exit_code": code,
-            "error": f"killed by signal {-code}" if code < 0 else next((x for x in reversed(words) if x.strip()), ""),
+            "error": f"killed by signal {-code}" if code < 0 else next((x for x in reversed(lines) if x.strip()), ""),
             "log": str(log),
         }
         self.failures.append(failure)
@@ -118,27 +118,27 @@ class Runner:
         tqdm.write(f"{task.cell}: {failure['job']} failed: {failure['error']}", file=sys.stderr)
 
     def steps_done(self) -> int:
-        """Of all cells, as far as their metrics say."""
+        """Optimizer steps of all cells, according to their metrics."""
         return sum(min(last_step(cell.path), cell.config.train.max_steps) for cell in self.cells)
 
     def log(self, cell: Cell) -> Path:
         return self.out / "logs" / f"{cell.path.name}.log"
 
 
-def cell_process(words: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A process that does the job which it reads, and ends when its standard input does."""
+def cell_process(output: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a worker process, which reads its job from standard input and exits when that is closed."""
     return subprocess.Popen(
         (sys.executable, "-m", "scripts.ablate.cell"),
         stdin=subprocess.PIPE,
-        stdout=words,
+        stdout=output,
         stderr=subprocess.STDOUT,
         env=os.environ | environment,
-        start_new_session=True,  # Ctrl-C is for the runner, which passes it on once
+        start_new_session=True,  # Ctrl-C reaches only the runner, which then stops the children
     )
 
 
 def last_step(run: Path) -> int:
-    """The step of the last whole line of a run's metrics, which may be being written; 0 before the first."""
+    """The step in the last complete line of a run's metrics, 0 if there is none; the file may be growing."""
     try:
         with open(run / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
@@ -149,7 +149,7 @@ def last_step(run: Path) -> int:
 
 
 def share_of_machine(cell: Cell, place: int, at_a_time: int) -> dict[str, str]:
-    """The environment that gives a place its own device: one of the visible GPUs, or its part of the CPU's threads."""
+    """Environment variables that assign one of the visible GPUs, or a share of the CPU threads, to a job slot."""
     if at_a_time == 1:
         return {}
     device = resolve(cell.config.device).device

@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured in one run, medians of interleaved rounds, never single numbers."""
+"""Benchmarks: candidates are compared within one run, by the median ratio over interleaved rounds."""

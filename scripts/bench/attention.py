@@ -1,4 +1,4 @@
-"""A window against full causal attention: time and memory of forward and backward, by length."""
+"""Benchmark sliding-window against full causal attention: time and memory of forward + backward, by context length."""
 
 import statistics
 from collections.abc import Callable
@@ -22,30 +22,30 @@ from scripts.figure import new_figure, save_figure
 
 @options_class
 class Options(Measured):
-    """Shapes and lengths. Full attention is torch's fused causal kernel."""
+    """Compare sliding-window attention with full attention, which is torch's fused causal kernel."""
 
     lengths: tuple[Annotated[int, Field(ge=2)], ...] = (2048, 4096, 8192, 16384, 32768)
     """context lengths in tokens"""
     window: Count = 256
-    """keys visible to a query, itself included"""
+    """window in tokens: keys a query attends to, itself included"""
     batch_size: Count = 1
     """sequences in a batch"""
     n_head: Count = 8
-    """query heads"""
+    """number of query heads"""
     head_dim: Count = 64
-    """width of a head"""
+    """width of an attention head"""
     n_kv_head: Count = 2
-    """KV heads of the row with GQA and sinks"""
+    """number of KV heads in the row `window gqa sinks`"""
     n_sink: Natural = 4
-    """sinks of that row"""
+    """number of attention sinks in the row `window gqa sinks`"""
     mask_up_to: int = 4096
-    """largest length at which a window mask on the fused full kernel is timed too; 0: never"""
+    """longest context, in tokens, at which a window mask on torch's fused kernel is timed too; 0: never"""
     plot: Path | None = None
-    """draw time and memory against length into this file"""
+    """file for a plot of time and memory against context length"""
 
 
 def attention(options: Options) -> None:
-    """Time windowed attention against full causal attention, forward and backward."""
+    """Time sliding-window against full causal attention, forward and backward."""
     if options.n_head % options.n_kv_head:
         raise UserError(f"--n-head ({options.n_head}) must be divisible by --n-kv-head ({options.n_kv_head})")
     runtime = resolve(options.device, options.dtype)
@@ -107,7 +107,7 @@ def measure(options: Options, T: int, runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def full(options: Options, T: int, runtime: Runtime) -> Callable[[], None]:
-    """Forward and backward of torch's causal attention."""
+    """Forward + backward of torch's causal attention."""
     q, k, v, grad = _tensors(options, T, runtime, options.n_head)
 
     def run() -> None:
@@ -119,7 +119,7 @@ def full(options: Options, T: int, runtime: Runtime) -> Callable[[], None]:
 def windowed(
     options: Options, T: int, runtime: Runtime, spec: AttentionSpec, *, contiguous: bool
 ) -> Callable[[], None]:
-    """Forward and backward as training calls it, or, not contiguous, by a mask."""
+    """Forward + backward with the kernel that training uses, or with a mask if not contiguous."""
     q, k, v, grad = _tensors(options, T, runtime, spec.n_kv_head)
     ctx = ForwardContext(pos=torch.arange(T, device=runtime.device)[None], contiguous=contiguous)
     prepare(spec, ctx, runtime.device, runtime.dtype)
@@ -132,7 +132,7 @@ def windowed(
 
 
 def _tensors(options: Options, T: int, runtime: Runtime, n_kv_head: int) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output, (B, heads, T, D), as a projection leaves them in memory."""
+    """q, k, v and the output gradient, (B, heads, T, D), in the memory layout that a projection produces."""
     heads = (options.n_head, n_kv_head, n_kv_head, options.n_head)
     shapes = [(options.batch_size, T, n, options.head_dim) for n in heads]
     tensors = [torch.randn(s, device=runtime.device, dtype=runtime.dtype).transpose(1, 2) for s in shapes]
@@ -140,8 +140,9 @@ def _tensors(options: Options, T: int, runtime: Runtime, n_kv_head: int) -> list
 
 
 def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Time and memory against length, on log axes."""
-    figure, (time_axes, memory_axes) = new_figure("tokens", ["forward + backward, ms", "peak above the inputs, MiB"])
+    """Plot time and memory against context length on log axes."""
+    labels = ["forward + backward (ms)", "peak memory above the inputs (MiB)"]
+    figure, (time_axes, memory_axes) = new_figure("context length (tokens)", labels)
     for name, rows in curves.items():
         lengths = [row["T"] for row in rows]
         time_axes.loglog(lengths, [row["seconds"] * 1e3 for row in rows], "o-", ms=3, label=name)

@@ -1,4 +1,4 @@
-"""Decoding: tokens a second and bytes of cache against the length of the text, for kinds of attention and for peers."""
+"""Benchmark decoding: tokens per second and KV cache size by context length, for kinds of attention and for peers."""
 
 import math
 import statistics
@@ -30,52 +30,53 @@ Peer = Literal["transformers", "transformers-static", "concat"]
 Kept = Literal["as-dtype", "int8"]
 
 
-WARM_UP = 3  # tokens, which compile what there is to compile
+WARM_UP = 3  # tokens decoded before timing, during which layers compile
 
 
 @options_class
 class Options(Measured):
-    """Greedy decoding with random weights: the shape of the smallest GPT-2 with the layers of Gemma 3."""
+    """Greedy decoding with random weights: by default the size of the smallest GPT-2, with Gemma 3's kind of layers."""
 
     lengths: tuple[Annotated[int, Field(ge=WARM_UP)], ...] = (1024, 4096, 32_768)
-    """tokens in the cache when timing starts; the cache is filled with random keys instead of being computed, which
-    takes the same time to read"""
+    """tokens in the cache when timing starts; the cache is filled with random keys instead of by a prefill, which
+    does not change the speed of decoding"""
     new_tokens: Annotated[int, Field(ge=WARM_UP)] = 64
-    """tokens to decode from there"""
+    """tokens to decode after that"""
     variants: tuple[Variant, ...] = ("mha", "gqa", "swa", "gqa+swa", "sliding")
-    """mha: full attention; gqa: with fewer KV heads; swa: five sliding layers to one full; sliding: all sliding"""
+    """kinds of attention. mha: full attention; gqa: fewer KV heads; swa: five sliding layers per full layer; gqa+swa:
+    both; sliding: all layers sliding"""
     peer: tuple[Peer, ...] = ()
-    """implementations to compare with. transformers: the same network there with its dynamic cache;
-    transformers-static: with its static cache, compiled; concat: ours, with a cache grown by torch.cat at each token"""
+    """implementations to compare with. transformers: Hugging Face with its dynamic cache; transformers-static: with its
+    static cache, compiled; concat: Sash with a cache grown by torch.cat at each token"""
     weights: tuple[Kept, ...] = ("as-dtype",)
-    """int8: 8-bit weight matrices; several values are measured one after another"""
+    """dtype of weights: as-dtype, int8 (8-bit weight matrices), or both for comparison"""
     cache_dtype: tuple[Kept, ...] = ("as-dtype",)
-    """int8: 8-bit keys and values"""
+    """dtype of the KV cache: as-dtype, int8 (8-bit keys and values), or both for comparison"""
     run: Path | None = None
-    """a trained run, to measure how 8 bits change its perplexity"""
+    """directory of a trained run, to measure how 8-bit weights and caches change its perplexity"""
     tokens: Count = 8192
-    """tokens of its validation split to measure that on"""
+    """with --run: tokens of its validation split to measure the perplexity on"""
     batch_size: Count = 1
     """sequences in a batch"""
     window: Count = 512
-    """keys visible to a query of a sliding layer"""
+    """window of sliding layers, in tokens: keys a query attends to, itself included"""
     n_layer: Count = 12
-    """layers"""
+    """number of layers"""
     n_embd: Count = 768
     """width of the residual stream"""
     n_head: Count = 24
-    """query heads"""
+    """number of query heads"""
     n_kv_head: Count = 8
-    """KV heads of the variants with GQA"""
+    """number of KV heads in the variants with GQA"""
     vocab_size: Count = 50_257
     """vocabulary size; embeddings are tied to the head"""
     compile: Switch = "on"
-    """compile our layers; compile time is reported as warm-up, apart from the speed"""
+    """compile the layers of Sash; compile time is reported separately as warm-up"""
     plot: Path | None = None
-    """draw speed and cache size against length into this file"""
+    """file for a plot of speed and cache size against context length"""
 
     def config(self, variant: Variant) -> ModelConfig:
-        """The network of a variant."""
+        """The config of a variant."""
         return ModelConfig(
             vocab_size=self.vocab_size,
             block_size=max(self.lengths) + self.new_tokens,
@@ -95,7 +96,7 @@ class Options(Measured):
 
 
 class Ours:
-    """Our network, from a cache filled with random keys."""
+    """Decoding with Sash, starting from a cache filled with random keys."""
 
     def __init__(self, options: Options, config: ModelConfig, runtime: Runtime, length: int, weights: Kept, kept: Kept):
         torch.manual_seed(0)
@@ -111,7 +112,7 @@ class Ours:
         self.last = torch.zeros(options.batch_size, 1, dtype=torch.long, device=runtime.device)
 
     def prepare(self) -> None:
-        """Back to the length at which the clock starts."""
+        """Reset the cache to the length at which timing starts."""
         self.cache.pos.fill_(self.length - 1)
         self.cache.length = self.length - 1
 
@@ -127,11 +128,11 @@ class Ours:
 
 
 def decode(options: Options) -> None:
-    """Time decoding at several lengths of the text."""
+    """Time decoding at several context lengths."""
     runtime = resolve(options.device, options.dtype, options.compile)
     rate = memory_rate(runtime)
     print(f"batch {options.batch_size}, window {options.window}, {options.new_tokens} new tokens, {runtime.why}")
-    print(f"memory is read at {rate / 1e9:.1f} GB/s; caches are filled with random keys\n")
+    print(f"memory bandwidth {rate / 1e9:.1f} GB/s (measured); caches are filled with random keys\n")
     print(
         f"{'length':>7} {'attention':9} {'':27} {'tokens/s':>9} {'GB/s':>6} {'of rate':>7} {'sash is x faster':>17} "
         f"{'cache MB':>9} {'peak MB':>8} {'warm-up s':>9}"
@@ -142,14 +143,14 @@ def decode(options: Options) -> None:
             rows += measure(options, variant, length, runtime, rate)
     changes = perplexities(options) if options.run else []
     if not changes:
-        print("\nchange of perplexity in 8 bits: not measured; give a trained --run")
+        print("\nchange of perplexity in 8 bits: not measured; give a trained run with --run")
     save(options, runtime, memory_bytes_per_s=rate, rows=rows, perplexity=changes)
     if options.plot:
         plot(rows, options.plot)
 
 
 def measure(options: Options, variant: Variant, length: int, runtime: Runtime, rate: float) -> list[dict[str, Any]]:
-    """A row for each candidate, which take turns."""
+    """One row per candidate; candidates are timed in turn within each round."""
     config = options.config(variant)
     candidates: dict[str, Any] = {}
     for weights in options.weights:
@@ -173,11 +174,11 @@ def measure(options: Options, variant: Variant, length: int, runtime: Runtime, r
                 start = time.perf_counter()
                 candidate(options.new_tokens if turn else WARM_UP)
                 runtime.synchronize()
-                took = time.perf_counter() - start
+                elapsed = time.perf_counter() - start
                 if turn == 0:
-                    warm_up[name] = took
+                    warm_up[name] = elapsed
                 else:
-                    seconds[name].append(took / (options.new_tokens * options.batch_size))
+                    seconds[name].append(elapsed / (options.new_tokens * options.batch_size))
     rows = []
     for name, candidate in candidates.items():
         per_token = statistics.median(seconds[name])
@@ -212,7 +213,7 @@ def measure(options: Options, variant: Variant, length: int, runtime: Runtime, r
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     read = f"{row['bytes_per_s'] / 1e9:6.1f} {row['share_of_memory_rate']:7.2f}" if "bytes_per_s" in row else f"{'':14}"
     peak = math.nan if row["peak_bytes_above_weights"] is None else row["peak_bytes_above_weights"] / 1e6
     return (
@@ -222,7 +223,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def perplexities(options: Options) -> list[dict[str, Any]]:
-    """Of a trained run, streamed through its cache: as it is, with weights, with a cache, with both in 8 bits."""
+    """Streaming perplexity of a trained run: unquantized, with 8-bit weights, with an 8-bit cache, and with both."""
     from inference.streaming import streamed_losses
     from scripts.probes.subject import open_subject
 
@@ -240,7 +241,7 @@ def perplexities(options: Options) -> list[dict[str, Any]]:
         name = " and ".join(x for x in (weights, kept) if x)
         perplexity = math.exp(losses.double().mean().item())
         found.append({"int8": name or "nothing", "perplexity": perplexity, "n_tokens": n, "run": options.run.name})
-    print(f"\nperplexity of {options.run} on {found[0]['n_tokens']} validation tokens, streamed")
+    print(f"\nstreaming perplexity of {options.run} on {found[0]['n_tokens']} validation tokens")
     for row in found:
         change = row["perplexity"] / found[0]["perplexity"] - 1
         print(f"  int8: {row['int8']:18} {row['perplexity']:9.4f} ({change:+.3%})")
@@ -248,8 +249,8 @@ def perplexities(options: Options) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed and cache against length, on log axes."""
-    figure, (speed, memory) = new_figure("tokens of text", ["tokens per second", "cache, MB"])
+    """Plot speed and cache size against context length on log axes."""
+    figure, (speed, memory) = new_figure("context length (tokens)", ["tokens per second", "KV cache (MB)"])
     for key in dict.fromkeys((row["attention"], row["name"]) for row in rows):
         curve = [row for row in rows if (row["attention"], row["name"]) == key]
         lengths, ours = [row["length"] for row in curve], key[1].startswith("sash")

@@ -1,6 +1,6 @@
-"""The same network decoded otherwise: by transformers, and with a cache that a torch.cat grows.
+"""Other implementations of decoding, to compare with: transformers, and a cache grown by torch.cat.
 
-Dimensions: B batch, K KV heads, S keys kept, T incoming tokens, D head_dim.
+Dimensions: B batch, K KV heads, S keys in the cache, T incoming tokens, D head_dim.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from scripts.convert.families import attention_of
 
 
 class Grown(KVCache):
-    """Keys and values of one layer as simple programs keep them: a new tensor for every token, cut to the window."""
+    """KV cache of one layer as in simple programs: a new tensor for every token, cut to the window."""
 
     def __init__(self, k: Tensor, v: Tensor, window: int | None):
         super().__init__(k, v, max_length=None)
@@ -34,7 +34,7 @@ class Grown(KVCache):
 
 
 class Concatenated:
-    """Our network, plain, with such a cache of random keys."""
+    """The uncompiled Sash model with `Grown` caches of random keys."""
 
     def __init__(self, batch_size: int, new_tokens: int, config: ModelConfig, runtime: Runtime, length: int):
         self.config, self.runtime, self.length = config, runtime, length
@@ -67,7 +67,7 @@ class Concatenated:
 
 
 class Transformers:
-    """The class of transformers that has this shape, its caches filled with random keys."""
+    """The transformers model with the same config, its caches filled with random keys."""
 
     def __init__(
         self, batch_size: int, new_tokens: int, config: ModelConfig, runtime: Runtime, length: int, *, static: bool

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, forward and backward, against ways that hold all logits: time and memory."""
+"""Benchmark the chunked cross-entropy against losses that materialise all logits: time and memory, with backward."""
 
 import statistics
 from collections.abc import Callable
@@ -16,20 +16,20 @@ from scripts.bench.timing import Measured, ratio, save, take_turns
 
 @options_class
 class Options(Measured):
-    """From the hidden states of a batch to the mean loss and the gradients of hidden states and float32 head."""
+    """Time the loss of a batch of hidden states, with the gradients of the hidden states and of a float32 head."""
 
     batch_size: Count = 8
     """sequences in a batch"""
     block_size: Count = 1024
-    """tokens of each sequence"""
+    """tokens in each sequence"""
     n_embd: Count = 768
     """width of the hidden states"""
     vocab_size: Count = 50_304
-    """rows of the head"""
+    """vocabulary size, the number of rows of the head"""
 
 
 def loss(options: Options) -> None:
-    """Time the loss without the logits against plain cross-entropy and torch's linear_cross_entropy."""
+    """Time the chunked cross-entropy against F.cross_entropy and torch's linear_cross_entropy."""
     runtime = resolve(options.device, options.dtype)
     n, C, V = options.batch_size * options.block_size, options.n_embd, options.vocab_size
     x = torch.randn(n, C, device=runtime.device, requires_grad=True)
@@ -70,5 +70,5 @@ def loss(options: Options) -> None:
         if peak.bytes is not None:
             memory = f"{peak.bytes / 1e6:9.0f} {peak.bytes / int(rows[0]['peak_bytes']):21.2f}"
         print(f"{name:28} {row['seconds'] * 1e3:8.0f} {row['sash_times_faster']:17.2f} {memory}")
-    print("peak memory is above that of hidden states and head; their gradients are in it")
+    print("peak memory does not include hidden states and head, but includes their gradients")
     save(options, runtime, rows=rows)

@@ -1,4 +1,4 @@
-"""Timing that a busy machine cannot fool much: candidates take turns, and what counts is the median of their ratios."""
+"""Timing that is robust on a busy machine: candidates are timed in turn, and compared by the median of their ratios."""
 
 import math
 import statistics
@@ -19,30 +19,28 @@ from model.errors import UserError
 
 @options_class
 class Measured:
-    """Options that all benchmarks share."""
+    """Options shared by all benchmarks."""
 
     dtype: DType = "auto"
-    """dtype of matrix products"""
+    """dtype of matmuls"""
     device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    """device to run on: auto, cpu, cuda or mps"""
     rounds: Count = 3
     """timed rounds; the median is reported"""
     json: Path | None = None
-    """write the results to this JSON file"""
+    """file for the results as JSON"""
 
 
 def refuse_unfused(kernel: str, what: str) -> None:
-    """UserError where what should be a window's cost would be that of a mask over everything."""
+    """UserError if the cost of a window would be measured with a kernel that masks full attention."""
     if "masked" in kernel:
-        raise UserError(
-            f"{what} ran as a mask ({kernel}): its figures would say nothing of a window; take kernel = auto"
-        )
+        raise UserError(f"{what} ran as a mask ({kernel}), which does not show the cost of a window; set kernel = auto")
 
 
 def take_turns(
     candidates: Mapping[str, Callable[[], object]], runtime: Runtime, *, rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after warm_up rounds that do not count."""
+    """Seconds of each candidate in each round, after `warm_up` untimed rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for n in tqdm(range(warm_up + rounds), desc=" against ".join(candidates), unit="round", leave=False, disable=None):
         for name, run in candidates.items():
@@ -56,22 +54,22 @@ def take_turns(
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """How many times faster: the median over rounds of slow / fast."""
+    """Speed-up: the median over rounds of slow / fast."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float:
-    """p of seconds ~ length ** p, fitted on log axes; nan for a single length."""
+    """The exponent p in seconds ~ length ** p, fitted on log axes; nan for a single length."""
     if len(lengths) < 2:
         return math.nan
     return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
 
 
 def save(options: Measured, runtime: Runtime, **figures: Any) -> None:
-    """Write what was asked, except where to write, and what was found, where a path is given."""
+    """Write options and results as JSON, if --json is given."""
     if (path := options.json) is not None:
-        said = {key: value for key, value in asdict(options).items() if key not in ("json", "plot")}
-        asked = {key: str(value) if isinstance(value, Path) else value for key, value in said.items()}
+        values = {key: value for key, value in asdict(options).items() if key not in ("json", "plot")}
+        serializable = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"device": runtime.why, "options": asked} | figures)
+        write_json(path, {"device": runtime.why, "options": serializable} | figures)
         print(path)

@@ -1,4 +1,4 @@
-"""Training steps of a config against the same shape trained otherwise: tokens per second, MFU, peak memory."""
+"""Benchmark training steps of a config against other implementations: tokens per second, MFU, peak memory."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -28,28 +28,28 @@ Peer = Literal["transformers", "plain", "full", "sdpa"]
 
 @options_class
 class Options(Measured):
-    """Training steps on random tokens, with AdamW for all candidates."""
+    """Time training steps on random tokens; all candidates use AdamW."""
 
     config: Path = Path("configs/gpt2.toml")
-    """config whose model shape is trained"""
+    """config file of the model to train"""
     batch_size: Count = 2
     """sequences in a step"""
     block_size: int | None = None
-    """training context in tokens, instead of the config's"""
+    """training context in tokens (default: as in the config)"""
     pattern: str | None = None
-    """kinds of layers, instead of the config's"""
+    """layer pattern, such as 5:1 (default: as in the config)"""
     window: int | None = None
-    """keys visible to a query of a sliding layer, instead of the config's"""
+    """window of sliding layers, in tokens: keys a query attends to, itself included (default: as in the config)"""
     peer: tuple[Peer, ...] = ()
-    """implementations to compare with. transformers: the same shape there, compiled; plain: eager float32 PyTorch with
-    masks for windows and the whole logits tensor; full: ours with full attention in every layer; sdpa: the same
-    with torch's fused attention"""
+    """implementations to compare with. transformers: Hugging Face, compiled; plain: eager float32 PyTorch with window
+    masks and all logits in memory; full: Sash with full attention in every layer; sdpa: as full, with torch's fused
+    attention"""
     compile: Switch = "off"
-    """compile our layers"""
+    """compile the layers of Sash"""
 
 
 class Candidate:
-    """A training step: what it computes, and all that it holds."""
+    """A training step of one implementation, with its model and optimizer."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Candidate:
 
 
 def train(options: Options) -> None:
-    """Time training steps."""
+    """Time training steps of each implementation."""
     runtime = resolve(options.device, options.dtype, options.compile)
     given = {key: getattr(options, key) for key in ("block_size", "pattern", "window")}
     overrides: dict[str, Any] = {"model": {key: value for key, value in given.items() if value is not None}}
@@ -87,12 +87,12 @@ def train(options: Options) -> None:
     candidates = {"sash": ours(config, runtime, idx)}
     candidates |= {name: makers[name](config, runtime, idx) for name in options.peer}
     first = {name: once[0] for name, once in take_turns(candidates, runtime, rounds=1, warm_up=0).items()}
-    rates: list[float] = []  # in turns too: on a shared machine the limit moves
+    rates: list[float] = []  # measured in every round, as the attainable rate varies on a shared machine
     turns: dict[str, Callable] = candidates | {"products": lambda: rates.append(matmul_rate(runtime, seconds=1.0))}
     seconds = take_turns(turns, runtime, rounds=options.rounds)
     rate = statistics.median(rates[1:])
     print(f"{options.config}, {options.batch_size} x {config.block_size} tokens, {runtime.why}")
-    print(f"matrix products at {rate / 1e9:.0f} GFLOP/s\n")
+    print(f"matmul rate {rate / 1e9:.0f} GFLOP/s (measured)\n")
     print(f"{'':13} {'tokens/s':>9} {'MFU':>6} {'sash is x faster':>17} {'first step s':>13} {'peak MB':>9}  kernel")
     rows = []
     for name, candidate in candidates.items():
@@ -119,7 +119,7 @@ def train(options: Options) -> None:
 
 
 def ours(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
-    """As train.py does it."""
+    """Sash, as in train.py."""
     model = GPT(config).to(runtime.device)
     if runtime.compile:
         compile_blocks(model)
@@ -142,7 +142,7 @@ def sdpa(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
 
 
 def plain(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
-    """As simple trainers do it: float32, eager, windows as masks, the whole logits, torch's operators alone."""
+    """A simple trainer: float32, eager, windows as masks, all logits in memory, only torch's own operators."""
     kernel = "masked" if "swa" in config.kinds else "sdpa"
     model = GPT(config.model_copy(update={"kernel": kernel})).to(runtime.device)
     loss = lambda: F.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
@@ -151,7 +151,7 @@ def plain(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
 
 
 def transformers(config: ModelConfig, runtime: Runtime, idx: Tensor) -> Candidate:
-    """The same shape in transformers, compiled, with its own loss."""
+    """The same config in transformers, compiled, with its own loss."""
     model = transformers_twin(config).to(runtime.device)
     compiled = torch.compile(model)
 

@@ -1,7 +1,7 @@
-"""To and from directories of transformers:  python -m scripts.convert export runs/shakespeare --to exported
+"""Convert to and from Hugging Face transformers:  python -m scripts.convert export runs/shakespeare --to exported
 
-An exported directory loads with AutoModelForCausalLM and AutoTokenizer, without code of ours; docs/convert.md goes on
-to vLLM and GGUF. An imported one is a run, which generate.py takes.
+An exported directory loads with AutoModelForCausalLM and AutoTokenizer, without any code from Sash; docs/convert.md
+shows vLLM and GGUF. An imported model becomes a run, which generate.py can use.
 """
 
 import json
@@ -29,30 +29,30 @@ TUNE = "tune.toml"  # in an imported run
 
 @options_class
 class Export:
-    """Write a run as a directory that transformers loads."""
+    """Export a run as a directory that transformers can load."""
 
     run: tyro.conf.Positional[Path]
-    """a run's directory, or one of its checkpoints"""
+    """directory of a run, or of one of its checkpoints"""
     to: Path
     """directory to create"""
     checkpoint: Literal["best", "latest"] = "best"
-    """which checkpoint of the run"""
+    """checkpoint to export"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the weights in the file"""
+    """dtype of the exported weights"""
 
 
 @options_class
 class Import:
-    """Make a run out of a directory that transformers wrote: safetensors and a byte-level BPE tokenizer."""
+    """Import a transformers model (safetensors, with a byte-level BPE tokenizer) as a run."""
 
     directory: tyro.conf.Positional[Path]
-    """directory with config.json, model.safetensors or its shards, tokenizer.json"""
+    """directory with config.json, model.safetensors or its shards, and tokenizer.json"""
     to: Path
-    """run directory to create, such as runs/imported"""
+    """directory to create for the run, such as runs/imported"""
 
 
 def export(options: Export) -> None:
-    """Write the directory, whole or not at all."""
+    """Write the exported directory, atomically."""
     model, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
     config = model.config
     family = fitting(config)
@@ -70,7 +70,7 @@ def export(options: Export) -> None:
 
 
 def import_(options: Import) -> None:
-    """Make the run, whole or not at all."""
+    """Create the imported run, atomically."""
     source = options.directory
     values = directory.read_config(source)
     family = of_type(values)
@@ -81,11 +81,11 @@ def import_(options: Import) -> None:
     run_values["train"] = {"global_batch_tokens": -(-8192 // block) * block}
     config = build(RunConfig, run_values, source=lambda _: f"{source / 'config.json'}: ")
     if tokenizer.n_vocab > config.model.vocab:
-        raise UserError(f"{source}: the tokenizer has {tokenizer.n_vocab} ids, the model {config.model.vocab}")
+        raise UserError(f"{source}: the tokenizer has {tokenizer.n_vocab} ids, the model only {config.model.vocab}")
     model = GPT(config.model)
     expected = checkpoint.unique_tensors(model)
     tensors = to_ours(directory.read_tensors(source), expected, family.model_type, config.model.norm_place)
-    model.load_state_dict(tensors, strict=False)  # tied weights are there once
+    model.load_state_dict(tensors, strict=False)  # tied weights appear only once in the file
     with directory.new_directory(options.to) as path:
         run = RunDir(path)
         run.begin(config, {"data": "none", "imported_from": str(source)})
@@ -94,21 +94,22 @@ def import_(options: Import) -> None:
             checkpoint.point(run.checkpoints, name, saved)
         tokenizer.save(path / "tokenizer.json")
         (path / TUNE).write_text(to_tune(config, options.to), encoding="utf-8")
-    print(f"{options.to}: {family.architecture}, go on with python generate.py {options.to}")
+    print(f"{options.to}: {family.architecture}; to generate from it: python generate.py {options.to}")
 
 
 def to_tune(config: RunConfig, run: Path) -> str:
-    """A config, as TOML, of a run that begins with the weights, the shape and the tokenizer of this one."""
+    """A TOML config for fine-tuning: a run with the weights, model and tokenizer of this one."""
 
-    def say(x: object) -> str:
+    def toml(x: object) -> str:
         if isinstance(x, dict):
-            return "{" + ", ".join(f"{key} = {say(value)}" for key, value in x.items()) + "}"
+            return "{" + ", ".join(f"{key} = {toml(value)}" for key, value in x.items()) + "}"
         return json.dumps("none" if x is None else x)
 
     sections = config.model_dump(include={"model", "train"}, exclude_unset=True) | {"data": {"tokenizer": str(run)}}
-    lines = [f"# Goes on from an import: python train.py {run / TUNE} --data.text TEXT", f"init_from = {say(str(run))}"]
+    head = f"# Fine-tunes an imported model: python train.py {run / TUNE} --data.text TEXT"
+    lines = [head, f"init_from = {toml(str(run))}"]
     for name, values in sections.items():
-        lines += ["", f"[{name}]", *(f"{key} = {say(value)}" for key, value in values.items())]
+        lines += ["", f"[{name}]", *(f"{key} = {toml(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""A directory as transformers keeps models: config.json, safetensors, tokenizer.json."""
+"""Read and write model directories of transformers: config.json, safetensors, tokenizer.json."""
 
 import json
 import shutil
@@ -20,9 +20,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `path` when all went well and leaves nothing when not."""
+    """Yield a temporary directory to fill; it is renamed to `path` on success and removed on failure."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists and is not empty: give another --to")
+        raise UserError(f"--to ({path}) must be a new or an empty directory")
     partial = path.with_name(path.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -37,11 +37,11 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, *, config: Values, tensors: dict[str, Tensor], tokenizer: Tokenizer, max_length: int) -> None:
-    """All that AutoModelForCausalLM and AutoTokenizer need, into an empty directory."""
+    """Write all files that AutoModelForCausalLM and AutoTokenizer need into an empty directory."""
     special = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": None}
     _write_json(path / "config.json", config | special)
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    (path / WEIGHTS).chmod((path / "config.json").stat().st_mode)  # safetensors makes it its owner's alone
+    (path / WEIGHTS).chmod((path / "config.json").stat().st_mode)  # safetensors creates it readable by its owner only
     _write_json(path / "generation_config.json", special)
     write_tokenizer_json(tokenizer, path / "tokenizer.json")
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
@@ -49,20 +49,20 @@ def write(path: Path, *, config: Values, tensors: dict[str, Tensor], tokenizer: 
 
 
 def read_config(path: Path) -> Values:
-    """config.json. UserError where there is none."""
+    """Read config.json. UserError if there is none."""
     try:
         values = json.loads((path / "config.json").read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} is no model that transformers wrote: it has no config.json") from None
+        raise UserError(f"{path} is not a model directory of transformers: it has no config.json") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path / 'config.json'} is no object")
+        raise UserError(f"{path / 'config.json'} must be a JSON object")
     return values
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The weights of one file or of all shards. UserError that names a file that is missing or damaged."""
+    """Read the weights from one file or all shards. UserError with the name of a missing or damaged file."""
     files = [WEIGHTS]
     if (path / INDEX).is_file():
         try:
@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in files:
         if not (path / name).is_file():
-            raise UserError(f"{path / name} is missing: Sash reads safetensors, all files of a model")
+            raise UserError(f"{path / name} is missing: Sash needs all safetensors files of a model")
         try:
             tensors |= load_file(path / name)
         except (OSError, SafetensorError) as error:
@@ -81,12 +81,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
-    """Its tokenizer, with the end-of-text token that its files name."""
+    """Read the tokenizer, with the end-of-text token from tokenizer_config.json."""
     try:
-        said = json.loads((path / "tokenizer_config.json").read_bytes()).get("eos_token")
+        eos = json.loads((path / "tokenizer_config.json").read_bytes()).get("eos_token")
     except (OSError, ValueError, AttributeError):
-        said = None
-    end = said.get("content") if isinstance(said, dict) else said
+        eos = None
+    end = eos.get("content") if isinstance(eos, dict) else eos
     return read_tokenizer_json(path / "tokenizer.json", name=name, end=end)
 
 

@@ -1,4 +1,4 @@
-"""The classes of transformers that a network may be an instance of: our numbers as theirs, and theirs as ours."""
+"""Supported classes of transformers, and the translation between their config.json and ModelConfig."""
 
 from dataclasses import dataclass, field
 
@@ -7,8 +7,8 @@ from model.config import ModelConfig
 from model.errors import UserError
 from scripts.convert.rope import Values, need, our_rope, their_rope
 
-TYPES = {"full": "full_attention", "swa": "sliding_attention"}  # a word of the pattern and their word for it
-MLPS = {  # (theirs, gated) -> ours; gelu_new is the tanh form under an older name
+TYPES = {"full": "full_attention", "swa": "sliding_attention"}  # kind of layer in our pattern -> in layer_types
+MLPS = {  # (activation in transformers, gated) -> model.mlp; gelu_new is an older name of the tanh approximation
     ("silu", True): "swiglu",
     ("gelu_pytorch_tanh", True): "geglu",
     ("gelu", False): "gelu",
@@ -19,22 +19,22 @@ MLPS = {  # (theirs, gated) -> ours; gelu_new is the tanh form under an older na
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One class of transformers."""
+    """One model class of transformers."""
 
     name: str
     architecture: str
     model_type: str
     activation_key: str = "hidden_act"
-    windows: str = "by layer"  # sliding layers: none, all of them, or by layer
-    biases: tuple[str, ...] = ("attention_bias",)  # of attention_bias and mlp_bias, those it knows
-    own_head_dim: bool = True  # head_dim may be another than hidden_size / heads
-    rope_by_kind: bool = False  # each kind of layer has its own rotation
-    scaled: bool = False  # it says query_pre_attn_scalar
-    softcaps: dict[str, str] = field(default_factory=dict)  # ours -> theirs
-    fixed: Values = field(default_factory=dict)  # what is always so, in our words
+    windows: str = "by layer"  # which layers can slide: "none", "all", or "by layer"
+    biases: tuple[str, ...] = ("attention_bias",)  # supported keys, of attention_bias and mlp_bias
+    own_head_dim: bool = True  # head_dim may differ from hidden_size / num_attention_heads
+    rope_by_kind: bool = False  # each kind of layer has its own RoPE parameters
+    scaled: bool = False  # it has the key query_pre_attn_scalar
+    softcaps: dict[str, str] = field(default_factory=dict)  # key of ModelConfig -> key of config.json
+    fixed: Values = field(default_factory=dict)  # values of ModelConfig that the class implies
 
     def theirs(self, config: ModelConfig) -> Values:
-        """config.json of this class, as near to ours as it can say."""
+        """config.json of this class, as close to the ModelConfig as the class allows."""
         ropes = {kind: config.rope(kind) for kind in dict.fromkeys(config.kinds)}
         kinds = ["full" if attention_of(config, i).window is None else "swa" for i in range(config.n_layer)]
         window = next((w for i in range(config.n_layer) if (w := attention_of(config, i).window) is not None), None)
@@ -74,7 +74,7 @@ class Family:
         return values
 
     def ours(self, values: Values) -> Values:
-        """What ModelConfig takes. UserError for what it cannot say."""
+        """The arguments of ModelConfig for a config.json. UserError for values that Sash does not support."""
         n_layer, n_head, width = (
             need(values, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
         )
@@ -82,10 +82,15 @@ class Family:
         activation = str(values.get(self.activation_key, values.get("hidden_act")))
         mlp = MLPS.get((activation, True))
         if mlp is None:
-            raise UserError(f"{self.activation_key} ({activation}) is no activation that Sash knows for {self.name}")
+            known = ", ".join(name for name, gated in MLPS if gated)
+            raise UserError(
+                f"{self.activation_key} ({activation}) is not supported for {self.name}: it must be one of {known}"
+            )
         attention_bias, mlp_bias = (bool(values.get(key)) for key in ("attention_bias", "mlp_bias"))
         if (mlp_bias and not attention_bias) or (attention_bias and "attention_bias" not in self.biases):
-            raise UserError(f"attention_bias ({attention_bias}) with mlp_bias ({mlp_bias}) is nothing that Sash has")
+            raise UserError(
+                f"attention_bias ({attention_bias}) with mlp_bias ({mlp_bias}) is not supported for {self.name}"
+            )
         scale = values.get("query_pre_attn_scalar") if self.scaled else None
         head_dim = values.get("head_dim") or width // n_head
         return (
@@ -114,27 +119,27 @@ class Family:
         )
 
     def _types(self, values: Values, n_layer: int) -> list[str]:
-        """The word of each layer."""
+        """The kind of each layer: "full" or "swa"."""
         window = values.get("sliding_window")
         if self.windows == "none" or window is None or values.get("use_sliding_window") is False:
             return ["full"] * n_layer
         if self.windows == "all":
             return ["swa"] * n_layer
-        words = {theirs: ours for ours, theirs in TYPES.items()}
+        kinds = {theirs: ours for ours, theirs in TYPES.items()}
         types = need(values, "layer_types")
-        if len(types) != n_layer or not words.keys() >= set(types):
-            raise UserError(f"layer_types ({types}) must be {n_layer} of {', '.join(words)}")
-        return [words[word] for word in types]
+        if len(types) != n_layer or not kinds.keys() >= set(types):
+            raise UserError(f"layer_types ({types}) must be a list of {n_layer}, each one of {', '.join(kinds)}")
+        return [kinds[word] for word in types]
 
     def _ropes(self, values: Values, types: list[str]) -> Values:
-        """What the rotations of the kinds of layers are in our words: values that all share, or tables."""
+        """The RoPE settings of ModelConfig: a value if all kinds of layers have the same, otherwise a table by kind."""
         parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
         base = values.get("rope_theta", 10_000.0)
         by_kind = {}
         for kind in dict.fromkeys(types):
             if TYPES["full"] in parameters:
                 own = parameters[TYPES[kind]]
-            elif self.rope_by_kind and kind == "swa":  # as configs before transformers 5 have it
+            elif self.rope_by_kind and kind == "swa":  # the form before transformers 5
                 own = {"rope_theta": values.get("rope_local_base_freq", base)}
             else:
                 own = parameters
@@ -144,7 +149,7 @@ class Family:
             table = {kind: rope[key] for kind, rope in by_kind.items() if key in rope}
             same = len(set(table.values())) == 1
             if key in ("rope_trained", "rope_whole_ramp") and not same:
-                raise UserError(f"{key} differs by kind of layer ({table}), which Sash does not have")
+                raise UserError(f"{key} ({table}) must be the same for all kinds of layers")
             merged[key] = next(iter(table.values())) if same else table
         return merged
 
@@ -197,7 +202,7 @@ FAMILIES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPT2Family:
-    """GPT-2, which has names of its own for everything."""
+    """GPT-2, whose config.json has different keys."""
 
     name: str = "GPT-2"
     architecture: str = "GPT2LMHeadModel"
@@ -222,10 +227,11 @@ class GPT2Family:
     def ours(self, values: Values) -> Values:
         activation = values.get("activation_function", "gelu_new")
         if (activation, False) not in MLPS:
-            raise UserError(f"activation_function ({activation}) is none that Sash knows for GPT-2")
+            known = ", ".join(name for name, gated in MLPS if not gated)
+            raise UserError(f"activation_function ({activation}) is not supported for GPT-2: it must be one of {known}")
         for key, usual in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}.items():
             if values.get(key, usual) != usual:
-                raise UserError(f"{key} ({values[key]}) is nothing that Sash has for GPT-2")
+                raise UserError(f"{key} ({values[key]}) is not supported for GPT-2: it must be {usual}")
         return {
             "vocab_size": need(values, "vocab_size"),
             "block_size": need(values, "n_positions"),
@@ -247,22 +253,22 @@ ALL: tuple[Family | GPT2Family, ...] = (*FAMILIES, GPT2Family())
 
 
 def of_type(values: Values) -> Family | GPT2Family:
-    """The class that a config.json is of. UserError for one that is not known."""
+    """The class that a config.json belongs to. UserError if it is not supported."""
     for family in ALL:
         if values.get("model_type") == family.model_type:
             return family
     known = ", ".join(family.model_type for family in ALL)
-    raise UserError(f"model_type ({values.get('model_type')}) is not known; known are {known}")
+    raise UserError(f"model_type ({values.get('model_type')}) is not supported: it must be one of {known}")
 
 
 def attention_of(config: ModelConfig, i: int) -> AttentionSpec:
-    """The numbers of one layer, which is attention."""
+    """The spec of one layer, which must be an attention layer."""
     spec = config.layers[i]
     assert isinstance(spec, AttentionSpec)
     return spec
 
 
 def _pattern(words: list[str]) -> str:
-    """The shortest pattern that gives these words, tiled."""
+    """The shortest pattern that yields these layers when repeated."""
     period = next(n for n in range(1, len(words) + 1) if all(w == words[i % n] for i, w in enumerate(words)))
     return " ".join(words[:period])

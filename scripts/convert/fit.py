@@ -1,4 +1,4 @@
-"""Which class of transformers a config is an instance of: one from which it comes back the same."""
+"""Find the class of transformers that fits a config: one whose config.json converts back to an equal config."""
 
 from model.attention.spec import AttentionSpec
 from model.config import ModelConfig
@@ -8,33 +8,33 @@ from scripts.convert.rope import Values
 
 
 def fitting(config: ModelConfig) -> Family | GPT2Family:
-    """The class that a config is an instance of. UserError that names what the nearest one lacks."""
+    """The class that fits a config. UserError with the settings that the nearest class cannot express."""
     if config.omits is not None:
-        raise UserError(f"a design that omits {config.omits} (model.omits) is not a model that transformers has")
-    if strange := [spec.kind for spec in config.layers if not isinstance(spec, AttentionSpec)]:
-        raise UserError(f"pattern ({config.pattern!r}): no class of transformers has {strange[0]} layers")
+        raise UserError(f"model.omits ({config.omits}) must be none for transformers: the design is incomplete")
+    if unknown := [spec.kind for spec in config.layers if not isinstance(spec, AttentionSpec)]:
+        raise UserError(f"pattern ({config.pattern!r}): no supported class of transformers has {unknown[0]} layers")
     if config.n_embd % config.n_head:
         raise UserError(f"n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head}) for transformers")
     lost = {family.name: _lost(config, family) for family in ALL}
     nearest = min(ALL, key=lambda family: len(lost[family.name]))
     if differences := lost[nearest.name]:
-        told = ", ".join(f"{key} ({getattr(config, key)})" for key in differences)
-        raise UserError(f"no class of transformers fits; {nearest.name} comes nearest, and cannot say {told}")
+        shown = ", ".join(f"{key} ({getattr(config, key)})" for key in differences)
+        raise UserError(f"no class of transformers fits; the nearest is {nearest.name}, which does not support {shown}")
     return nearest
 
 
 def _lost(config: ModelConfig, family: Family | GPT2Family) -> list[str]:
-    """The settings that do not come back from a class, by name."""
+    """Names of the settings that change when a config is converted to a class and back."""
     before = _traits(config)
     try:
         after = _traits(ModelConfig(**family.ours(family.theirs(config))))
     except (UserError, ValueError):
-        return list(before)  # nothing of it can be said
+        return list(before)  # not convertible at all
     return [key for key in before if before[key] != after[key]]
 
 
 def _traits(config: ModelConfig) -> Values:
-    """All that decides what a network computes, by the settings that say it."""
+    """Everything that determines the function of a model, by the name of its setting."""
     whole = ("n_layer", "n_head", "n_embd", "norm", "norm_place", "norm_eps", "mlp", "bias", "tie_embeddings")
     plain = ("loops", "scale_embeddings", "logit_softcap", "vocab_size", "block_size")
     numbers = {"n_kv_head": config.kv_heads, "head_dim": config.head_width, "mlp_width": config.mlp_hidden}

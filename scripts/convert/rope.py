@@ -1,4 +1,4 @@
-"""A rotation as config.json has it."""
+"""Convert RoPE settings between config.json and ModelConfig."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ from model.attention.rope import Rope
 from model.errors import UserError
 
 Values = dict[str, Any]
-LLAMA3: Values = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all its models
+LLAMA3: Values = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # the values of all Llama 3 models
 
 
 def need(values: Values, key: str) -> Any:
-    """A value that must be there."""
+    """A required value. UserError if it is missing."""
     if values.get(key) is None:
-        raise UserError(f"config.json does not say {key}")
+        raise UserError(f"config.json: {key} is missing")
     return values[key]
 
 
 def their_rope(rope: Rope | None) -> Values:
-    """Ours as theirs; without one, the plain one that their classes always have."""
+    """A Rope as rope_parameters; None becomes the default that their classes always have."""
     if rope is None:
         return {"rope_type": "default", "rope_theta": 10_000.0}
     values: Values = {"rope_type": "default" if rope.scaling == "none" else rope.scaling, "rope_theta": rope.base}
@@ -36,7 +36,7 @@ def their_rope(rope: Rope | None) -> Values:
 
 
 def our_rope(values: Values) -> Values:
-    """Theirs as settings of ModelConfig. UserError for what it does not have."""
+    """rope_parameters as settings of ModelConfig. UserError for values that Sash does not support."""
     kind = values.get("rope_type", values.get("type", "default"))
     ours: Values = {"rope_base": float(values["rope_theta"])}
     usual: Values = {"partial_rotary_factor": 1.0}
@@ -56,9 +56,10 @@ def our_rope(values: Values) -> Values:
             ours |= {"rope_scaling": "llama3", "rope_factor": factor, "rope_trained": trained}
             usual |= LLAMA3
         case _:
-            raise UserError(f"rope_type ({kind}) is not known; known are default, linear, yarn, llama3")
+            raise UserError(f"rope_type ({kind}) is not supported: it must be one of default, linear, yarn, llama3")
     for key, value in usual.items():
         given = values.get(key)
         if given is not None and (value is None or abs(given - value) > 1e-6):
-            raise UserError(f"{key} ({given}) of the rotation is nothing that Sash has")
+            needed = "absent" if value is None else value
+            raise UserError(f"{key} ({given}) in rope_parameters is not supported: it must be {needed}")
     return ours

@@ -1,4 +1,4 @@
-"""Weights under their names in transformers' classes: the same numbers, moved."""
+"""Rename weights between Sash and transformers."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.errors import UserError
 
-MODULES = {  # within a layer; norms apart, whose names depend on where they stand
+MODULES = {  # modules of a layer, without the second norm, whose name depends on norm_place
     "mixer.c_q": "self_attn.q_proj",
     "mixer.c_k": "self_attn.k_proj",
     "mixer.c_v": "self_attn.v_proj",
@@ -32,11 +32,11 @@ GPT2_MODULES = {
     "mlp.c_proj": "mlp.c_proj",
 }
 GPT2_OUTSIDE = {"wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f", "lm_head": "lm_head"}
-BUFFERS = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$")  # no weights, though old files hold them
+BUFFERS = re.compile(r"rotary_emb\.|\.attn\.(masked_)?bias$")  # not weights, but found in old files
 
 
 def to_theirs(state: dict[str, Tensor], model_type: str, norm_place: str) -> dict[str, Tensor]:
-    """Our weights by their names."""
+    """Convert a state dict of Sash to the names and layouts of transformers."""
     theirs: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if model_type == "gpt2":
@@ -53,7 +53,7 @@ def to_theirs(state: dict[str, Tensor], model_type: str, norm_place: str) -> dic
 def to_ours(
     tensors: dict[str, Tensor], expected: dict[str, Tensor], model_type: str, norm_place: str
 ) -> dict[str, Tensor]:
-    """Their weights by our names, as expected. UserError that names a tensor that does not fit."""
+    """Convert weights of transformers to the names and shapes of `expected`. UserError if a tensor does not fit."""
     tensors = dict(_with_prefix(tensors, model_type))
     ours: dict[str, Tensor] = {}
     used: set[str] = set()
@@ -65,22 +65,24 @@ def to_ours(
         used.add(their_name)
         if model_type == "gpt2" and re.search(r"mixer\.c_[qkv]\.", name):
             if tensor.shape[-1] % 3:
-                raise UserError(f"the tensor {their_name} is {tuple(tensor.shape)}: its columns are not q, k and v")
+                raise UserError(
+                    f"the tensor {their_name} is {tuple(tensor.shape)}: its columns must divide into q, k and v"
+                )
             tensor = tensor.chunk(3, dim=-1)["qkv".index(name[name.index(".c_") + 3])]
         if model_type == "gpt2" and _transposed(name):
             tensor = tensor.T
         if tensor.shape != like.shape:
             raise UserError(
-                f"the tensor {their_name} is {tuple(tensor.shape)}, and config.json makes it {tuple(like.shape)}"
+                f"the tensor {their_name} is {tuple(tensor.shape)}, but config.json requires {tuple(like.shape)}"
             )
         ours[name] = tensor.to(like.dtype).contiguous()
-    if strange := tensors.keys() - used - {"lm_head.weight"}:
-        raise UserError(f"the tensor {min(strange)} is nothing that {model_type} has by this config.json")
+    if unused := tensors.keys() - used - {"lm_head.weight"}:
+        raise UserError(f"the tensor {min(unused)} does not belong to a {model_type} model with this config.json")
     return ours
 
 
 def _with_prefix(tensors: dict[str, Tensor], model_type: str) -> Iterator[tuple[str, Tensor]]:
-    """Without buffers, and with the prefix that GPT-2's first files lack."""
+    """Drop buffers, and add the prefix that the original GPT-2 files lack."""
     for name, tensor in tensors.items():
         if not BUFFERS.search(name):
             bare = model_type == "gpt2" and not name.startswith(("transformer.", "lm_head."))
@@ -106,5 +108,5 @@ def _gpt2_name(name: str) -> str:
 
 
 def _transposed(name: str) -> bool:
-    """GPT-2's Conv1D keeps matrices the other way."""
+    """Whether GPT-2 stores this weight transposed (Conv1D)."""
     return bool(re.search(r"\.c_\w+\.weight$", name))

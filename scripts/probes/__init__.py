@@ -1,1 +1,1 @@
-"""What can be measured of a trained run: scripts.evaluate asks for it."""
+"""The evaluations of a trained run, called by scripts.evaluate."""

@@ -1,4 +1,4 @@
-"""Perplexity of the same tokens read in contexts that are longer than those of training."""
+"""Length extrapolation: perplexity of the same tokens in contexts longer than the training context."""
 
 import math
 from typing import Any
@@ -17,13 +17,13 @@ STRETCHES: tuple[Scaling, ...] = ("linear", "yarn")
 
 
 def extrapolate(subject: Subject, options: Options) -> Found:
-    """Contexts do not overlap. At n times block_size RoPE is stretched n times, without training."""
+    """Perplexity by context length, without overlap, as trained and with RoPE scaled to the context, untrained."""
     block_size, longest = subject.config.model.block_size, options.extrapolate
-    assert longest is not None, "it is asked for"
+    assert longest is not None, "called only with --extrapolate"
     if options.context or options.stride:
-        raise UserError("--extrapolate takes contexts of its own: leave out --context and --stride")
+        raise UserError("--extrapolate chooses the contexts itself: leave out --context and --stride")
     if longest <= block_size:
-        raise UserError(f"--extrapolate ({longest}) must be more than the context of training ({block_size})")
+        raise UserError(f"--extrapolate ({longest}) must be more than the training context ({block_size})")
     contexts = [block_size << n for n in range(math.floor(math.log2(longest / block_size)) + 1)]
     limit = subject.position_limit
     shown = [n for n in contexts if limit is None or n <= limit]
@@ -42,25 +42,25 @@ def extrapolate(subject: Subject, options: Options) -> Found:
         if found:
             lines.append((name, *(f"{found[n]:.2f}" if n in found else "-" for n in contexts)))
             curves[name] = [found.get(n) for n in contexts]
-    head = f"{options.text or 'validation'}, contexts that do not overlap, trained on {block_size}"
+    head = f"{options.text or 'validation'}, contexts without overlap, training context {block_size}"
     if limit is not None:
-        head += f"\nnote: the learned positions of this model end at {limit}, and so do these contexts"
+        head += f"\nnote: the learned positions of this model limit the context to {limit} tokens"
     elif len(curves) == 1:
-        head += "\nnote: no layer has plain RoPE over all tokens: there is nothing to stretch"
+        head += "\nnote: no layer has unscaled RoPE without a window, so there is nothing to scale"
     content = {"context": contexts, "block_size": block_size, "perplexity": curves}
     curve = Curve(name="perplexity_by_context", content=content, draw=_draw)
     return Found(figures=figures, text=f"{head}\n{table(lines)}", curve=curve)
 
 
 def stretched(subject: Subject, scaling: Scaling, context: int) -> GPT | None:
-    """The network with its rotations stretched to a context; None where that changes nothing."""
+    """The model with RoPE scaled to a context length; None if that changes nothing."""
     factor = context / subject.config.model.block_size
     config = subject.model.config.stretched(scaling, factor) if factor > 1 else None
     return None if config is None else same_weights(subject.model, config)
 
 
 def _draw(content: dict[str, Any]):
-    figure, (axes,) = new_figure("tokens in a context", ["perplexity"])
+    figure, (axes,) = new_figure("context length (tokens)", ["perplexity"])
     for name, curve in content["perplexity"].items():
         axes.loglog(*known(content["context"], curve), "o-", ms=4, label=name)
     axes.axvline(content["block_size"], color="grey", lw=0.8, ls=":", label="training context")

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a stream of tokens; and loss by position in the context."""
+"""Loss, perplexity and bits per byte on a stream of tokens, and loss by position in the context."""
 
 import math
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from training.evaluate import Evaluation, LossByPosition, evaluate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """One pass over the stream of tokens."""
+    """The result of one pass over the stream of tokens."""
 
     result: Evaluation
     by_position: LossByPosition
-    digest: str  # of the stream
-    conditions: dict[str, object]  # where they are not those of training
+    digest: str  # hash of the stream
+    conditions: dict[str, object]  # settings that differ from training's
 
 
 def perplexity(subject: Subject, options: Options) -> Found:
-    """Every target once, after a context of context - stride tokens and more, but for the first."""
+    """Score every target once; all but those of the first context have at least context - stride tokens before them."""
     context = options.context or subject.config.model.block_size
     stride = options.stride or context
     if stride > context:
-        raise UserError(f"--stride ({stride}) is more than the context ({context}): tokens between would be left out")
+        raise UserError(f"--stride ({stride}) must be at most the context length ({context}), or tokens are skipped")
     subject.check_context(context)
     reading = read(subject, options, context=context, stride=stride)
     result, by_position = reading.result, reading.by_position
@@ -40,7 +40,7 @@ def perplexity(subject: Subject, options: Options) -> Found:
     lines.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
     curve = None
     if options.by_position:
-        if math.isfinite(last := by_position.tail(0.25)):  # some context is so long
+        if math.isfinite(last := by_position.tail(0.25)):  # nan if no context is long enough
             values["loss_last_quarter"] = last
             lines.append(("loss in the last quarter of the context", f"{last:.4f}"))
         positions, losses = by_position.curve()
@@ -54,10 +54,10 @@ def perplexity(subject: Subject, options: Options) -> Found:
 def read(
     subject: Subject, options: Options, *, context: int, stride: int | None = None, model: GPT | None = None
 ) -> Reading:
-    """Evaluate the network, or another one, in contexts that begin every `stride` tokens; none: they do not overlap."""
+    """Evaluate the run's model, or `model`, in contexts that start every `stride` tokens (default: no overlap)."""
     block_size, eval_tokens = subject.config.model.block_size, subject.config.train.eval_tokens
-    asked = eval_tokens if options.tokens is None else options.tokens
-    max_tokens = None if asked == "all" else asked
+    requested = eval_tokens if options.tokens is None else options.tokens
+    max_tokens = None if requested == "all" else requested
     tokens = subject.tokens(options.text, max_tokens)
     rows = subject.batch_rows(context)
     batches = eval_batches(tokens, block_size=context, batch_size=rows, max_tokens=max_tokens, stride=stride)
@@ -77,6 +77,6 @@ def read(
 
 
 def _draw(content: dict[str, Any]):
-    figure, (axes,) = new_figure("tokens that a prediction sees", ["loss (nats per token)"])
+    figure, (axes,) = new_figure("position in the context (tokens)", ["loss (nats per token)"])
     axes.semilogx(content["position"], content["loss"], "o-", ms=3)
     return figure

@@ -1,4 +1,4 @@
-"""What evaluations find, and where it is kept: a number for each column of a report in RUN/evaluations.json."""
+"""Results of evaluations, saved in RUN/evaluations.json as one number for each column of a report."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "evaluations.json"
-STEP = "evaluated_step"  # the column that says which checkpoint the others are of
+STEP = "evaluated_step"  # column with the step of the evaluated checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """What is more than a number: RUN/name.json, and RUN/name.png where it is drawn."""
+    """A result that is a curve: saved as RUN/name.json, and as RUN/name.png if plotted."""
 
     name: str
     content: dict[str, Any]
@@ -29,32 +29,32 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What one measure found."""
+    """The result of one measure."""
 
     figures: dict[str, float]  # by column
-    text: str  # the same, to be read
+    text: str  # the figures as a readable table
     curve: Curve | None = None
 
 
 def column(name: str, *parts: str, **conditions: object) -> str:
-    """A column's name with what it was measured under: "perplexity[context=512,stride=64]"; None is left out."""
-    said = [*parts, *(f"{key}={value}" for key, value in conditions.items() if value is not None)]
-    return f"{name}[{','.join(said)}]" if said else name
+    """A column name with its conditions: "perplexity[context=512,stride=64]"; conditions of None are left out."""
+    shown = [*parts, *(f"{key}={value}" for key, value in conditions.items() if value is not None)]
+    return f"{name}[{','.join(shown)}]" if shown else name
 
 
 def keep(run: Path, step: int, found: list[Found], *, plot: bool) -> None:
-    """Add the figures of the checkpoint at `step` to the file, and write the curves.
+    """Add the figures of the checkpoint at `step` to evaluations.json, and write the curves.
 
-    What the file has of another step is dropped: figures of two checkpoints are not one run's.
+    Figures of another step are dropped, since a report must not mix two checkpoints of one run.
     """
     path = run / FILE
-    with FileLock(f"{path}.lock"):  # two evaluations of one run may end at once
-        kept = _read(path)
-        if kept.get(STEP, step) != step:
-            print(f"{path} was of step {kept[STEP]}, and is begun anew with step {step}", file=sys.stderr)
-            kept = {}
+    with FileLock(f"{path}.lock"):  # two evaluations of one run may finish at the same time
+        saved = _read(path)
+        if saved.get(STEP, step) != step:
+            print(f"note: {path} had results of step {saved[STEP]}; replacing them with step {step}", file=sys.stderr)
+            saved = {}
         figures = {key: value for each in found for key, value in each.figures.items()}
-        write_json(path, kept | {STEP: step} | figures)
+        write_json(path, saved | {STEP: step} | figures)
         for curve in (each.curve for each in found if each.curve):
             write_json(run / f"{curve.name}.json", curve.content)
             if plot:
@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns: the first to the left, the others to the right."""
+    """Format rows as aligned columns, the first aligned left and the others right."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""A text far longer than the training context, decoded as generate.py does, against recomputation."""
+"""Streaming perplexity: a text far longer than the training context, decoded with the cache, against recomputation."""
 
 import math
 from typing import Any
@@ -14,20 +14,21 @@ from scripts.probes.options import Options
 from scripts.probes.results import Curve, Found, column, table
 from scripts.probes.subject import Subject
 
-PARTS = 32  # of a stream, whose mean losses are drawn
+PARTS = 32  # points of the curve: mean losses of equal parts of the stream
 
 
 def stream(subject: Subject, options: Options) -> Found:
-    """Perplexity of one stream through each cache, and of its recomputation.
+    """Perplexity of a stream with each cache setting, and with each window recomputed.
 
-    Only `samples` targets are recomputed: what streaming loses on them is taken from its mean over all.
+    Only `samples` targets are recomputed. The recomputed mean is estimated as the mean streaming loss over all targets,
+    minus the mean difference on those samples.
     """
     tokens = subject.tokens(options.text, options.length)
     N = options.length or tokens.n_tokens - 1
     if not 1 <= N < tokens.n_tokens:
         raise UserError(
-            f"--length ({N}) is more than the {tokens.n_tokens - 1} tokens to predict of {tokens.name}: "
-            "take less, or a longer text with --text"
+            f"--length ({N}) must be at most {tokens.n_tokens - 1}, the tokens to predict in {tokens.name}: "
+            "use fewer, or a longer text with --text"
         )
     model, runtime, window = subject.model, subject.runtime, options.window
     context = window or subject.config.model.block_size
@@ -41,7 +42,7 @@ def stream(subject: Subject, options: Options) -> Found:
     recomputed = recomputed_losses(model, ids, at, context, runtime).double()
 
     closest = min(streams.values(), key=lambda losses: (losses[at] - recomputed).var(correction=0).item())
-    above = closest[at] - recomputed  # its mean is far better known than that of so few recomputed losses
+    above = closest[at] - recomputed  # a difference has far less variance than the few recomputed losses themselves
     floor = (closest.mean() - above.mean()).item()
 
     same = {"length": N, "text": options.text and tokens.name, "dtype": options.dtype}
@@ -61,7 +62,7 @@ def stream(subject: Subject, options: Options) -> Found:
     head = f"{options.text or 'validation'}: a stream of {N:,} tokens, {len(at):,} of them recomputed"
     narrower = [trained for spec in model.config.layers if (trained := getattr(spec, "window", None))]
     if window is not None and min(narrower, default=window) < window:
-        head += f"\nnote: layers that were trained with a window of {min(narrower)} now see {window} tokens"
+        head += f"\nnote: layers trained with a window of {min(narrower)} now attend to {window} tokens"
     content = {
         "block_size": subject.config.model.block_size,
         "position": [(part + 0.5) * N / PARTS for part in range(PARTS)],
@@ -72,9 +73,9 @@ def stream(subject: Subject, options: Options) -> Found:
 
 
 def sample(N: int, n: int) -> Tensor:
-    """One of each of n equal parts of N targets (all, if there are no more), always the same: (n,), ascending.
+    """A fixed random sample with one target from each of n equal parts of N targets: (min(n, N),), ascending.
 
-    Drawn and not evenly spaced, since a text may have a rhythm of its own.
+    Random rather than evenly spaced, since a text may be periodic.
     """
     n = min(n, N)
     within = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -82,13 +83,13 @@ def sample(N: int, n: int) -> Tensor:
 
 
 def _by_part(values: Tensor, at: Tensor, N: int) -> Tensor:
-    """Mean over each of equal parts of a stream of N targets, (PARTS,); values are of the targets `at`."""
+    """Means of `values`, measured at the targets `at`, over PARTS equal parts of a stream of N targets: (PARTS,)."""
     part = at.cpu() * PARTS // N
     return torch.bincount(part, values.cpu(), minlength=PARTS) / torch.bincount(part, minlength=PARTS)
 
 
 def _draw(content: dict[str, Any]):
-    figure, (axes,) = new_figure("tokens of the stream", ["loss (nats per token)"])
+    figure, (axes,) = new_figure("position in the stream (tokens)", ["loss (nats per token)"])
     for name, curve in content["streams"].items():
         axes.plot(*known(content["position"], curve), "o-", ms=3, label=name)
     axes.axvline(content["block_size"], color="grey", lw=0.8, ls=":", label="training context")

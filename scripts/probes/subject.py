@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint as it was trained, and the stream of tokens that it has to predict."""
+"""The subject of an evaluation: a checkpoint with its training settings, and the tokens to predict."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from model.gpt import GPT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A trained network on its device, and what it was trained with."""
+    """A trained model on its device, with its config and tokenizer."""
 
     run: RunDir
     config: RunConfig
@@ -31,32 +31,32 @@ class Subject:
     runtime: Runtime
 
     def batch_rows(self, context: int) -> int:
-        """Rows of one forward pass: as many tokens as training evaluates at a time."""
+        """Rows of one forward pass, so that it has as many tokens as one of training's evaluations."""
         return max(1, self.config.micro_rows * self.config.model.block_size // context)
 
     def tokens(self, text: str | None, max_tokens: int | None) -> TokenSource:
-        """The run's validation split, or the first max_tokens targets (none: all) of another text."""
+        """The run's validation split, or the first max_tokens targets (None: all) of another text."""
         if text is None:
             return _validation(self.run, self.config)
         return _head(text, self.tokenizer, max_tokens)
 
     @property
     def position_limit(self) -> int | None:
-        """Where learned positions end; none: they are not learned, and do not."""
+        """Number of learned positions; None if positions are not learned, hence unlimited."""
         return None if self.model.wpe is None else self.model.wpe.num_embeddings
 
     def check_context(self, context: int) -> None:
-        """UserError where positions end before such a context does."""
+        """UserError if a context is longer than the learned positions."""
         limit = self.position_limit
         if limit is not None and context > limit:
             raise UserError(
-                f"a context of {context} tokens is more than the {limit} of the learned "
-                "positions of this model (block_size): take a shorter one, or train with position = rope"
+                f"a context of {context} tokens is longer than the {limit} learned positions of this model "
+                "(block_size): use a shorter one, or train with position = rope"
             )
 
 
 def open_subject(path: Path, which: str, *, device: str | None, dtype: DType | None) -> Subject:
-    """A run or a checkpoint of it, on the device, in the dtype and compiled as in training unless asked otherwise."""
+    """Open a run or one of its checkpoints, by default with training's device, dtype and compile setting."""
     run = RunDir.of(path)
     config, checkpoint = run.config(), run.chosen(path, which)
     flops = cost.train_flops(config.model, config.model.block_size) * config.global_rows * config.train.max_steps
@@ -69,19 +69,19 @@ def open_subject(path: Path, which: str, *, device: str | None, dtype: DType | N
 
 
 def _validation(run: RunDir, config: RunConfig) -> TokenSource:
-    """The validation split that the run was trained beside. UserError if the text is another one by now."""
+    """The run's own validation split. UserError if the text has changed since training."""
     data = config.data
     prepared = prepare(data.text, data.tokenizer, root=data.dir, progress=False)
     if prepared.digest != (trained_on := run.facts()["data"]):
         raise UserError(
-            f"the text {data.text} is not the one of this run any more (hash {prepared.digest}, then {trained_on}): "
-            "evaluate where it was trained, or give another text with --text"
+            f"the text {data.text} has changed since this run was trained (hash {prepared.digest}, was {trained_on}): "
+            "evaluate where it was trained, or give a text with --text"
         )
     return prepared.split("val")
 
 
 def _head(text: str, tokenizer: Tokenizer, max_tokens: int | None) -> TokenSource:
-    """A text's first max_tokens targets by this tokenizer: of its validation split where the source has one."""
+    """The first max_tokens targets of a text, from its validation split if the source has one."""
     source = open_text(text)
     pieces = source.splits["val" if source.own_val else "train"]()
 

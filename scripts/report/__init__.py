@@ -1,1 +1,1 @@
-"""What runs came to: tables, intervals over seeds, plots, one page."""
+"""Reports on finished runs: tables, confidence intervals over seeds, plots, and an HTML page."""

@@ -1,4 +1,4 @@
-"""One table, plots and a page of what runs cost and gave:  python -m scripts.report runs/demo/*"""
+"""Compare finished runs in a table, plots and an HTML page:  python -m scripts.report runs/demo/*"""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from scripts.report.write import report
 
 @options_class
 class Options:
-    """Write report.html, report.md, results.csv, timings.csv and plots about finished runs, and print the table.
+    """Write report.html, report.md, results.csv, timings.csv and plots for finished runs, and print the table.
 
-    Runs that differ only in their seed are one variant: its mean is reported with a confidence interval.
+    Runs that differ only in their seed are one variant, reported as a mean with a confidence interval.
     """
 
     runs: tyro.conf.Positional[list[Path]]
     """directories of finished runs, or of studies"""
     out: Path | None = None
-    """output directory (default: that of the one study given, else runs/report)"""
+    """output directory (default: the study's directory for a single study, otherwise runs/report)"""
     baseline: str | None = None
-    """variant that the others are compared with, paired by seed (default: the study's)"""
+    """variant to compare the others with, paired by seed (default: the study's baseline)"""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Run directories -> two tables with a row a run: what came out, the same every time, and what a clock said."""
+"""Collect run directories into two tables with one row per run: reproducible results, and timings."""
 
 import json
 import re
@@ -16,14 +16,14 @@ from model.errors import UserError
 from scripts.probes.results import FILE as EVALUATIONS
 from scripts.probes.results import STEP as EVALUATED_STEP
 
-STUDY = "study.json"  # in the directory of a study: its question, its baseline, its cells
-MEASURED = "measured.json"  # in a run's directory, as evaluations are: {column: number}
+STUDY = "study.json"  # in the directory of a study: question, baseline and cells
+MEASURED = "measured.json"  # in a run's directory, like evaluations.json: {column: number}
 CLOCKS = re.compile(r"(_per_s|_s|_ms|_seconds)$|^mfu$|^peak_memory_process_bytes$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A run and what it stands for."""
+    """A run with its variant and seed."""
 
     run: RunDir
     variant: str
@@ -32,13 +32,13 @@ class Entry:
 
 @dataclass(kw_only=True)
 class Collected:
-    """Finished runs; `results` and `timings` have a row for each, in the same order."""
+    """Finished runs; `results` and `timings` have one row per entry, in the same order."""
 
     entries: list[Entry]
     results: pd.DataFrame
     timings: pd.DataFrame
-    varying: list[str]  # keys of the config in which runs differ beside the seed, columns of results
-    evaluations: list[str]  # columns that evaluations brought
+    varying: list[str]  # config keys other than the seed that differ between runs; columns of results
+    evaluations: list[str]  # columns that come from evaluations
     title: str = "Report"
     question: str = ""
     baseline: str | None = None
@@ -54,15 +54,15 @@ class Collected:
 
 
 def collect(paths: list[Path], baseline: str | None = None) -> Collected:
-    """All about the runs, and about the finished cells of the studies, that `paths` are directories of.
+    """Collect runs, and the finished cells of studies, from their directories.
 
-    UserError where a run is not finished, or losses cannot share a table.
+    UserError if a run is not finished, or if the losses are not comparable.
     """
     studies = [path for path in paths if (path / STUDY).is_file()]
     single = [path for path in paths if path not in studies and (path.is_dir() or not path.exists())]
     entries = _entries([RunDir.of(path) for path in single])
     keys = ("name", "question", "baseline", "cells")
-    plans = [read_json(study / STUDY, keys=keys, advice="repeat the study's command") for study in studies]
+    plans = [read_json(study / STUDY, keys=keys, advice="run the study again") for study in studies]
     notes = []
     for study, plan in zip(studies, plans, strict=True):
         cells = [Entry(run=RunDir(study / c["path"]), variant=c["variant"], seed=c["seed"]) for c in plan["cells"]]
@@ -72,18 +72,18 @@ def collect(paths: list[Path], baseline: str | None = None) -> Collected:
             notes.append(f"{len(missing)} of {len(cells)} cells are not finished: {', '.join(missing)}.")
         entries += finished
     if not entries:
-        raise UserError(f"nothing is finished in {', '.join(map(str, paths))} yet")
+        raise UserError(f"there are no finished runs in {', '.join(map(str, paths))} yet")
     results, timings = pd.DataFrame([_results(e) for e in entries]), pd.DataFrame([_timings(e) for e in entries])
     configs = pd.json_normalize([settings(entry.run.config()) for entry in entries]).drop(columns="seed")
     varying = [key for key in configs if configs[key].map(str).nunique() > 1]
     results = pd.concat([results.iloc[:, :2], configs[varying], results.iloc[:, 2:]], axis=1)
     _check(results, experiments=configs.map(str).agg(tuple, axis=1))
     if baseline not in (None, *results["variant"]):
-        raise UserError(f"--baseline ({baseline}) is none of {', '.join(results['variant'].unique())}")
+        raise UserError(f"--baseline ({baseline}) must be one of {', '.join(results['variant'].unique())}")
     if baseline is None and plans:
         baseline = plans[0]["baseline"]
         if baseline not in set(results["variant"]):
-            notes.append(f"No cell of the baseline, {baseline}, is finished: there is nothing to differ from.")
+            notes.append(f"No cell of the baseline, {baseline}, is finished, so no differences are shown.")
             baseline = None
     return Collected(
         entries=entries,
@@ -99,11 +99,11 @@ def collect(paths: list[Path], baseline: str | None = None) -> Collected:
 
 
 def _entries(runs: list[RunDir]) -> list[Entry]:
-    """Runs that differ in their seed alone are one variant, named by what their names begin with."""
+    """Group runs that differ only in their seed into variants, named by the common prefix of the run names."""
     found: dict[str, list[RunDir]] = {}
     for run in runs:
         if run.summary() is None:
-            raise UserError(f"{run.path} is not finished: repeat its training command first")
+            raise UserError(f"{run.path} is not finished: run its training command again first")
         found.setdefault(json.dumps(run.config().experiment() | {"seed": None}), []).append(run)
     entries = []
     for group in found.values():
@@ -115,7 +115,7 @@ def _entries(runs: list[RunDir]) -> list[Entry]:
 
 
 def _results(entry: Entry) -> dict[str, Any]:
-    """All of a run that does not depend on time or place."""
+    """The reproducible results of a run."""
     summary = _summary(entry.run)
     cache = {f"kv_cache_bytes_{n}": x for n, x in summary.pop("kv_cache_bytes").items()}
     own = {"variant": entry.variant, "seed": entry.seed}
@@ -125,17 +125,17 @@ def _results(entry: Entry) -> dict[str, Any]:
 
 
 def _timings(entry: Entry) -> dict[str, Any]:
-    """What a clock said, or the state of the machine, and on what."""
+    """Measurements of a run that depend on time or on the machine, and the machine."""
     speeds = [x["tokens_per_s"] for x in entry.run.metrics() if "tokens_per_s" in x]
     found = {key: x for key, x in (_summary(entry.run) | _measured(entry.run)).items() if CLOCKS.search(key)}
-    found["tokens_per_s"] = float(pd.Series(speeds, dtype=float).median())  # of all lines, not of the last alone
+    found["tokens_per_s"] = float(pd.Series(speeds, dtype=float).median())  # over all lines
     facts = entry.run.facts()
     where = {key: facts.get(key) for key in ("matmul_flops_per_s", "runtime", "commit")}
     return {"variant": entry.variant, "seed": entry.seed} | found | where
 
 
 def _summary(run: RunDir) -> dict[str, Any]:
-    """summary.json, with what a run that was resumed for its last step measured before."""
+    """summary.json, with peak memory from the metrics if the run was resumed after it was measured."""
     lines = run.metrics()
     peaks = {key: x for line in lines for key, x in line.items() if key.startswith("peak_memory")}
     return peaks | (run.summary() or {})
@@ -156,30 +156,30 @@ def _evaluations(entries: list[Entry], results: pd.DataFrame) -> list[str]:
 
 
 def _check(results: pd.DataFrame, experiments: pd.Series) -> None:
-    """UserError where the rows cannot share an axis."""
+    """UserError if the rows are not comparable."""
     if (n := results["stream_hash"].nunique()) > 1:
-        raise UserError(f"{n} evaluation streams among these runs: their losses cannot share a table")
+        raise UserError(f"these runs have {n} different evaluation streams: their losses are not comparable")
     twice = results[results.duplicated(["variant", "seed"])]
     if len(twice):
         variant, seed = twice.iloc[0][["variant", "seed"]]
-        raise UserError(f"two runs are {variant} with seed {seed}: give one of them")
+        raise UserError(f"two runs are {variant} with seed {seed}: leave one out")
     for variant, kinds in experiments.groupby(results["variant"], sort=False):
         if kinds.nunique() > 1:
-            raise UserError(f"different experiments are both called {variant}: report them apart")
+            raise UserError(f"different experiments have the same name {variant}: report them separately")
 
 
 def _marks(entries: list[Entry], results: pd.DataFrame) -> list[str]:
-    """What differs between rows and bears on how they may be compared, a sentence each."""
+    """Notes on differences between runs that limit their comparison, one sentence each."""
     facts = [entry.run.facts() for entry in entries]
     differing = {
-        "Tokens per step": (list(results["tokens_per_step"]), "equal tokens are not equally many steps"),
+        "Tokens per step": (list(results["tokens_per_step"]), "equal tokens do not mean equal steps"),
         "Machines": ([fact["runtime"] for fact in facts], "do not compare their times"),
         "Commits": ([fact["commit"] for fact in facts], "the code may have changed between them"),
-        "Versions of torch": ([fact["versions"]["torch"] for fact in facts], "so may numbers"),
+        "Versions of torch": ([fact["versions"]["torch"] for fact in facts], "results may differ for that reason"),
     }
     found = []
     if results["kernel"].nunique() > 1:
-        found.append("Kernels differ, see the table: times and training memory are of the kernels as well.")
+        found.append("Kernels differ (see the table): times and training memory depend on the kernel too.")
     for name, (values, consequence) in differing.items():
         if len(kinds := Counter(values)) > 1:
             each = "; ".join(f"{value}: {n} run{'s' if n > 1 else ''}" for value, n in kinds.items())
@@ -188,7 +188,7 @@ def _marks(entries: list[Entry], results: pd.DataFrame) -> list[str]:
     if len(late):
         which = ", ".join(f"{variant} seed {seed}" for variant, seed in zip(late["variant"], late["seed"], strict=True))
         found.append(
-            f"The best checkpoint, of which generation and evaluations are measured, is not the last of {which}: "
-            "the losses of the table are of the last."
+            f"The best checkpoint of {which} is not the last one: generation and evaluations are measured on the best "
+            "checkpoint, but the losses in the table are those of the last."
         )
     return found

@@ -1,4 +1,4 @@
-"""Plots of what evaluations found in a context, in a stream, at a distance; None where no run was evaluated so."""
+"""Plots of evaluations by position, context length, distance and sinks; None if no run has that evaluation."""
 
 import re
 from itertools import product
@@ -15,13 +15,13 @@ from scripts.report.statistics import of_variant
 
 POSITIONS = "loss_by_position.json"  # in a run's directory: {"position": [...], "loss": [...]}, from 1 on
 LINES = ("-", "--", ":")
-DISTANCES = "recall_by_distance.json"  # likewise: {"distance": [...], "recall": [...], "chance": x}
-CONTEXT = re.compile(r"perplexity\[context=(\d+)(?:,rope=(\w+))?\]")  # columns
-STREAM = re.compile(r"stream_perplexity\[.*n_sink=(\d+).*\]")  # columns
+DISTANCES = "recall_by_distance.json"  # in a run's directory: {"distance": [...], "recall": [...], "chance": x}
+CONTEXT = re.compile(r"perplexity\[context=(\d+)(?:,rope=(\w+))?\]")  # column names
+STREAM = re.compile(r"stream_perplexity\[.*n_sink=(\d+).*\]")  # column names
 
 
 def plot_position(c: Collected) -> Figure | None:
-    """Loss by position in the context, means over seeds."""
+    """Loss by position in the context, averaged over seeds."""
     table = _loss_by_position(c)
     if table is None:
         return None
@@ -36,7 +36,7 @@ def plot_position(c: Collected) -> Figure | None:
 
 
 def plot_position_difference(c: Collected) -> Figure | None:
-    """Its difference from the baseline, pair by pair; the band spans the seeds."""
+    """Difference of the loss by position from the baseline, paired by seed; the band spans the seeds."""
     table = _loss_by_position(c)
     if table is None or c.baseline is None or c.baseline not in table:
         return None
@@ -53,18 +53,18 @@ def plot_position_difference(c: Collected) -> Figure | None:
 
 
 def plot_recall(c: Collected) -> Figure | None:
-    """Share of keys whose value is recalled, by distance; the band spans the seeds."""
+    """Recall accuracy by distance; the band spans the seeds."""
     found = _curves(c, DISTANCES, "distance", "recall", "chance")
     if not found:
         return None
     table = pd.DataFrame({key: pd.Series(x["recall"], index=x["distance"], dtype=float) for key, x in found.items()})
-    figure, (axes,) = new_figure("tokens between a key and its value", ["recalled"])
+    figure, (axes,) = new_figure("tokens between a key and its value", ["accuracy"])
     for variant, style in look(c.variants).items():
         if variant in table:
             own = table[variant]
             axes.plot(own.index, own.mean(axis=1), ms=4, label=variant, **style)
             axes.fill_between(own.index, own.min(axis=1), own.max(axis=1), color=style["color"], alpha=0.1)
-    axes.axhline(next(iter(found.values()))["chance"], color="grey", lw=0.8, ls="--", label="by chance")
+    axes.axhline(next(iter(found.values()))["chance"], color="grey", lw=0.8, ls="--", label="chance")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 1.02)
@@ -73,11 +73,14 @@ def plot_recall(c: Collected) -> Figure | None:
 
 
 def plot_context(c: Collected) -> Figure | None:
-    """Perplexity by context, from that of training on; dashed, dotted: with RoPE stretched. The bar spans the seeds."""
+    """Perplexity by context length, from the training context on; dashed and dotted lines have RoPE scaled.
+
+    The bars span the seeds.
+    """
     columns = {column: match for column in c.evaluations if (match := CONTEXT.fullmatch(column))}
     if not columns:
         return None
-    figure, (axes,) = new_figure("tokens in a context", ["perplexity"])
+    figure, (axes,) = new_figure("context length (tokens)", ["perplexity"])
     stretches = dict.fromkeys(match[2] for match in columns.values())
     trained = {variant: c.of(variant)[0].config().model.block_size for variant in c.variants}
     for (variant, style), stretch in product(look(c.variants).items(), stretches):
@@ -88,7 +91,7 @@ def plot_context(c: Collected) -> Figure | None:
         if stretch is not None and seeds.shape[1] < 2:
             continue
         dashes = {"ls": LINES[list(stretches).index(stretch) % len(LINES)]}
-        label = variant if stretch is None else f"{variant}, stretched: {stretch}"
+        label = variant if stretch is None else f"{variant}, RoPE scaling: {stretch}"
         mean = seeds.mean()
         spread = (mean - seeds.min(), seeds.max() - mean)
         axes.errorbar(seeds.columns, mean, spread, ms=4, capsize=2, label=label, **style | dashes)
@@ -102,12 +105,12 @@ def plot_context(c: Collected) -> Figure | None:
 
 
 def plot_sinks(c: Collected) -> Figure | None:
-    """Perplexity of a long stream through a window by the number of sinks, and (dashed) recomputed without a cache."""
+    """Streaming perplexity through a window by number of attention sinks; dashed lines: recomputed without a cache."""
     columns = {column: int(match[1]) for column in c.evaluations if (match := STREAM.fullmatch(column))}
     recomputed = next((column for column in c.evaluations if column.startswith("recomputed_perplexity")), None)
     if len(set(columns.values())) < 2:
         return None
-    figure, (axes,) = new_figure("first tokens that stay visible (sinks)", ["perplexity of the stream"])
+    figure, (axes,) = new_figure("attention sinks (first tokens that stay visible)", ["streaming perplexity"])
     for variant, style in look(c.variants).items():
         points = [(k, x) for column, k in columns.items() if (x := of_variant(c.results, column, variant))]
         if points:
@@ -126,7 +129,7 @@ def plot_sinks(c: Collected) -> Figure | None:
 
 
 def _loss_by_position(c: Collected) -> pd.DataFrame | None:
-    """Rows: tokens that a prediction could see; columns: (variant, seed)."""
+    """Table with one row per position in the context and one column per (variant, seed)."""
     found = _curves(c, POSITIONS, "position", "loss")
     if not found:
         return None
@@ -134,6 +137,6 @@ def _loss_by_position(c: Collected) -> pd.DataFrame | None:
 
 
 def _curves(c: Collected, name: str, *keys: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """What a file of each run says that has it, by (variant, seed). UserError where it lacks one of the keys."""
+    """Contents of the file `name` of each run that has it, by (variant, seed). UserError if a key is missing."""
     files: dict[tuple[str, int], Path] = {(entry.variant, entry.seed): entry.run.path / name for entry in c.entries}
     return {key: read_json(file, keys=keys, advice="evaluate again") for key, file in files.items() if file.is_file()}

@@ -1,4 +1,4 @@
-"""A report as a page: Markdown, and of that one HTML file with its images inside."""
+"""A report as Markdown, and as a single HTML file with embedded images."""
 
 import base64
 import html
@@ -44,43 +44,43 @@ def markdown(c: Collected, plots: dict[str, str], out: Path) -> str:
     if c.evaluations:
         rows = [{escape(key): escape(text) for key, text in row.items()} for row in evaluations(c)]
         same = f" ≈: not distinguishable from {escape(c.baseline)}." if c.baseline is not None else ""
-        parts += ["## Evaluations", table(rows), f"Of each run's best checkpoint.{same}"]
+        parts += ["## Evaluations", table(rows), f"Measured on the best checkpoint of each run.{same}"]
     parts += ["## Memory by phase", table(linked(c, costs(c), out)), "## Runs", table(runs(c, out))]
-    parts += ["[results.csv](results.csv) has all columns, [timings.csv](timings.csv) what a clock said."]
+    parts += ["[results.csv](results.csv) has all columns, [timings.csv](timings.csv) has the timings."]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def reading(c: Collected) -> list[str]:
-    """How the figures are to be read."""
+    """Sentences that explain how to read the results."""
     n_seeds = c.results.groupby("variant")["seed"].nunique()
     several = n_seeds.max() > 1
     found = [
-        f"Validation over one fixed stream of tokens ({c.results['stream_hash'].iloc[0]}) for every run, in windows of "
-        "block_size that do not overlap. Tokens/s are of this machine, at the time."
+        f"Every run is validated on the same stream of tokens ({c.results['stream_hash'].iloc[0]}), in contexts of "
+        "block_size tokens without overlap. Tokens per second depend on the machine and its load."
     ]
     if several:
         seeds = " to ".join(map(str, sorted({n_seeds.min(), n_seeds.max()})))
-        found.append(f"{seeds} seeds each: the mean ± half of its 95 % interval (Student's t).")
+        found.append(f"{seeds} seeds per variant: mean ± half the width of the 95 % confidence interval (Student's t).")
     else:
-        found.append("One seed each: there are no intervals, and no difference is known to be one.")
+        found.append("One seed per variant: there are no confidence intervals, so differences may be noise.")
     if several and c.baseline is not None:
         found.append(
-            f"Differences from {escape(c.baseline)} are paired by seed: the same order of the data. Where their "
-            "interval holds zero, the two are not distinguishable with these seeds. Each interval is one of 95 %: "
-            "among twenty true nulls, one is expected to miss zero."
+            f"Differences from {escape(c.baseline)} are paired by seed, which fixes the order of the data. If the "
+            "interval contains zero, the two variants are not distinguishable with these seeds. There is no correction "
+            "for multiple comparisons: among twenty variants without a true difference, one is expected to miss zero."
         )
     return found
 
 
 def page(text: str, title: str, folder: Path) -> str:
-    """The Markdown as one HTML file that needs no other: images of `folder` are inside, there is no script."""
+    """Render Markdown as a self-contained HTML file: images from `folder` are embedded, and there are no scripts."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     body = re.sub(FIGURE, r"<figure>\1<figcaption>\2</figcaption></figure>", body)
     body = re.sub(r"(?:<figure>.*</figure>\n)+", r'<div class="plots">\g<0></div>\n', body)
     body = re.sub(r'src="([^":]+\.png)"', lambda match: f'src="{_inline(folder / match[1])}"', body)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    icon = '<link rel="icon" href="data:,">'  # or a browser asks the server for one
+    icon = '<link rel="icon" href="data:,">'  # keeps browsers from requesting one
     return (
         f'<!doctype html>\n<html lang="en">\n<head>{head}{icon}\n<title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style></head>\n<body>\n{body}</body>\n</html>\n"

@@ -1,4 +1,4 @@
-"""The plots of a report: each a function of what was collected, None where these runs have nothing for it."""
+"""The plots of a report, as functions of the collected runs; None if the runs lack the data for a plot."""
 
 from collections.abc import Callable
 
@@ -14,19 +14,19 @@ from scripts.report.curves import plot_context, plot_position, plot_position_dif
 from scripts.report.statistics import Estimate, difference, of_variant
 
 CONTEXTS = [2**n for n in range(8, 18)]  # 256 to 131 072 tokens
-CACHE = "kv_cache_bytes_"  # then the tokens in context
+CACHE = "kv_cache_bytes_"  # prefix of a column name, followed by the context length
 PERPLEXITY = "validation perplexity"
 
 
 def plot_difference(c: Collected) -> Figure | None:
-    """Every variant's difference from the baseline with its interval; hollow where it holds zero."""
+    """Difference of each variant from the baseline with its confidence interval; hollow if that contains zero."""
     if c.baseline is None:
         return None
     found = {v: difference(c.results, "val_perplexity", v, c.baseline) for v in c.variants if v != c.baseline}
     shown = {variant: x for variant, x in found.items() if x is not None}
     if not shown:
         return None
-    figure, (axes,) = new_figure(f"{PERPLEXITY}, difference from {c.baseline} (below 0: better)", [""])
+    figure, (axes,) = new_figure(f"{PERPLEXITY}, difference from {c.baseline} (lower is better)", [""])
     figure.set_figheight(1.2 + 0.36 * len(shown))
     styles = look(c.variants)
     for y, (variant, x) in enumerate(shown.items()):
@@ -40,11 +40,11 @@ def plot_difference(c: Collected) -> Figure | None:
 
 
 def plot_window(c: Collected) -> Figure | None:
-    """A line for each ratio of layers, or whatever else differs; variants without a window as bands."""
+    """Perplexity by window, one line per layer pattern (or other varying keys); variants without windows as bands."""
     sliding = c.results[c.results["layers"].str.contains("swa")]
     if "model.window" not in c.varying or sliding["model.window"].nunique() < 2:
         return None
-    figure, (axes,) = new_figure("window (keys that a query sees)", [PERPLEXITY])
+    figure, (axes,) = new_figure("window (tokens)", [PERPLEXITY])
     others = [key for key in c.varying if key != "model.window" and sliding[key].map(str).nunique() > 1]
     name_line = lambda row: ", ".join(f"{key.split('.')[-1]}={row[key]}" for key in others) or row["layers"]
     lines = sliding.apply(name_line, axis=1)
@@ -65,19 +65,19 @@ def plot_window(c: Collected) -> Figure | None:
 
 
 def plot_pareto_cache(c: Collected) -> Figure | None:
-    """At the longest context of which runs state the bytes."""
+    """Perplexity against the size of the KV cache at the longest context length in the results."""
     longest = max(int(key.removeprefix(CACHE)) for key in c.results if key.startswith(CACHE))
-    label = f"KV cache at {longest:,} tokens in MB (bfloat16)"
+    label = f"KV cache at {longest:,} tokens (MB, bfloat16)"
     return _pareto(c, {v: _scaled(of_variant(c.results, f"{CACHE}{longest}", v), 1e-6) for v in c.variants}, label)
 
 
 def plot_pareto_speed(c: Collected) -> Figure | None:
     speeds = {v: of_variant(c.timings, "decode_tokens_per_s", v) for v in c.variants}
-    return _pareto(c, speeds, "decoded tokens/s", more_is_better=True)
+    return _pareto(c, speeds, "decode (tokens/s)", more_is_better=True)
 
 
 def plot_loss(c: Collected) -> Figure:
-    figure, (axes,) = new_figure("tokens", ["loss (nats per token)"])
+    figure, (axes,) = new_figure("training tokens", ["loss (nats per token)"])
     for variant, style in look(c.variants).items():
         lines = _metrics(c, variant)
         means = lines.groupby("tokens")["train_loss"].mean()
@@ -92,7 +92,7 @@ def plot_loss(c: Collected) -> Figure:
 
 
 def plot_time(c: Collected) -> Figure:
-    figure, (axes,) = new_figure("seconds of training and evaluation", ["validation loss (nats per token)"])
+    figure, (axes,) = new_figure("time of training and evaluation (s)", ["validation loss (nats per token)"])
     for variant, style in look(c.variants).items():
         points = _metrics(c, variant).dropna(subset="val_loss").groupby("tokens")[["elapsed_s", "val_loss"]].mean()
         axes.plot(points["elapsed_s"], points["val_loss"], ms=4, label=variant, **style)
@@ -101,7 +101,7 @@ def plot_time(c: Collected) -> Figure:
 
 
 def plot_cache(c: Collected) -> Figure:
-    figure, (axes,) = new_figure("context in tokens", ["KV cache in MB (bfloat16)"])
+    figure, (axes,) = new_figure("context length (tokens)", ["KV cache (MB, bfloat16)"])
     for variant, style in look(c.variants).items():
         model = c.of(variant)[0].config().model
         axes.loglog(CONTEXTS, [cost.cache_bytes(model, n) / 1e6 for n in CONTEXTS], ms=4, label=variant, **style)
@@ -110,7 +110,7 @@ def plot_cache(c: Collected) -> Figure:
 
 
 def _pareto(c: Collected, costs: dict[str, Estimate | None], label: str, more_is_better: bool = False) -> Figure | None:
-    """Perplexity against a cost or a speed; a line joins the variants that no other beats in both."""
+    """Perplexity against a cost or a speed; a line joins the Pareto-optimal variants."""
     points = {variant: (x, _perplexity(c, variant)) for variant, x in costs.items() if x is not None}
     if len(points) < 2:
         return None
@@ -129,7 +129,7 @@ def _pareto(c: Collected, costs: dict[str, Estimate | None], label: str, more_is
 
 
 def _front(points: list[tuple[float, float]], more_is_better: bool) -> list[tuple[float, float]]:
-    """The points that no other beats in both: from the cheapest on, each with a lower y than all before."""
+    """The Pareto front: from the best x on, each point with a lower y than all before."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (-point[0] if more_is_better else point[0], point[1])):
         if not front or y < front[-1][1]:
@@ -138,12 +138,12 @@ def _front(points: list[tuple[float, float]], more_is_better: bool) -> list[tupl
 
 
 def _metrics(c: Collected, variant: str) -> pd.DataFrame:
-    """The lines of metrics of all seeds."""
+    """The metrics of all seeds of a variant."""
     return pd.concat(pd.DataFrame(run.metrics()) for run in c.of(variant))
 
 
 def _leave_out_the_start(axes: Axes, c: Collected) -> None:
-    """The first steps lose most: the plot begins where the first evaluations are."""
+    """Limit the y axis to the range of the validation losses, since the losses of the first steps are far higher."""
     losses = pd.concat(_metrics(c, variant)["val_loss"] for variant in c.variants)
     low, high = losses.min(), losses.max()
     axes.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.2 * (high - low) + 0.01)
@@ -160,16 +160,19 @@ def _scaled(x: Estimate | None, unit: float) -> Estimate | None:
 
 
 PLOTS: dict[str, tuple[str, Callable[[Collected], Figure | None]]] = {
-    "difference": ("Difference from the baseline with its interval; hollow: not distinguishable.", plot_difference),
-    "window": ("Perplexity against the window, a line for each ratio of layers.", plot_window),
-    "pareto-cache": ("Perplexity against the cache's bytes; nothing beats the line in both.", plot_pareto_cache),
-    "pareto-speed": ("Perplexity against the speed of decoding; nothing beats the line in both.", plot_pareto_speed),
+    "difference": (
+        "Difference from the baseline with its 95 % confidence interval; hollow: not distinguishable.",
+        plot_difference,
+    ),
+    "window": ("Perplexity by window, one line per layer pattern.", plot_window),
+    "pareto-cache": ("Perplexity against the size of the KV cache; the line is the Pareto front.", plot_pareto_cache),
+    "pareto-speed": ("Perplexity against decoding speed; the line is the Pareto front.", plot_pareto_speed),
     "loss": ("Validation loss (points; the band spans the seeds) and training loss (thin) by tokens.", plot_loss),
-    "time": ("Validation loss by time: of this machine and its kernels.", plot_time),
+    "time": ("Validation loss by time; depends on the machine and its kernels.", plot_time),
     "position": ("Loss by position in the context.", plot_position),
-    "position-difference": ("Loss by position, difference from the baseline.", plot_position_difference),
-    "context": ("Perplexity in contexts longer than those of training; broken lines: RoPE stretched.", plot_context),
-    "sinks": ("Perplexity of a long stream through a window, by sinks; dashed: recomputed.", plot_sinks),
-    "recall": ("Recall by the distance from a key to its value; the band spans the seeds.", plot_recall),
-    "cache": ("Bytes of the cache by context: the arithmetic that tests hold equal to allocation.", plot_cache),
+    "position-difference": ("Loss by position in the context, difference from the baseline.", plot_position_difference),
+    "context": ("Perplexity beyond the training context; broken lines: RoPE scaled.", plot_context),
+    "sinks": ("Streaming perplexity through a window by number of attention sinks; dashed: recomputed.", plot_sinks),
+    "recall": ("Recall accuracy by distance from a key to its value; the band spans the seeds.", plot_recall),
+    "cache": ("Size of the KV cache by context length, computed; tests check it against allocation.", plot_cache),
 }

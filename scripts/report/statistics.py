@@ -1,4 +1,4 @@
-"""Means over seeds, and differences paired by seed, with their 95 % intervals by Student's t."""
+"""Means over seeds and paired differences, with 95 % confidence intervals from Student's t distribution."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean over n seeds and half of its interval, which one seed does not have."""
+    """A mean over n seeds and half the width of its confidence interval (None for a single seed)."""
 
     mean: float
     half: float | None
@@ -26,12 +26,12 @@ class Estimate:
 
     @property
     def holds_zero(self) -> bool | None:
-        """Of a difference: not distinguishable from none. None: one seed cannot tell."""
+        """Whether the interval contains zero: if so, a difference is not distinguishable. None for a single seed."""
         return None if self.half is None else self.low <= 0 <= self.high
 
 
 def estimate(values: pd.Series) -> Estimate | None:
-    """The mean of what was measured, whatever seeds lack it; None where nothing was."""
+    """The mean over the seeds that have a value; None if none has."""
     x = values.dropna().astype(float)
     if x.empty:
         return None
@@ -40,12 +40,12 @@ def estimate(values: pd.Series) -> Estimate | None:
 
 
 def of_variant(table: pd.DataFrame, column: str, variant: str) -> Estimate | None:
-    """Over the variant's seeds; None where the column was not measured."""
+    """The mean of a column over the variant's seeds; None if it was not measured."""
     return estimate(_by_seed(table, column, variant)) if column in table else None
 
 
 def difference(table: pd.DataFrame, column: str, variant: str, baseline: str) -> Estimate | None:
-    """Variant minus baseline, over the seeds that both have."""
+    """Variant minus baseline, paired over the seeds that both have; None if there are none."""
     if column not in table:
         return None
     return estimate(_by_seed(table, column, variant) - _by_seed(table, column, baseline))

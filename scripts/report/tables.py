@@ -1,4 +1,4 @@
-"""The tables of a report: rows of text by heading."""
+"""The tables of a report, as rows of {heading: text}."""
 
 import os
 import re
@@ -17,7 +17,7 @@ PHASES = {
 
 
 def summary(c: Collected) -> list[Row]:
-    """A row a variant: what it is, what it gave, what it costs."""
+    """One row per variant: layers, quality and costs."""
     lengths = [key.removeprefix("kv_cache_bytes_") for key in c.results if key.startswith("kv_cache_bytes_")]
     rows = []
     for variant in c.variants:
@@ -43,7 +43,7 @@ def summary(c: Collected) -> list[Row]:
 
 
 def costs(c: Collected) -> list[Row]:
-    """A row a variant: peak memory by phase and how it was measured, and speed at reading a prompt."""
+    """One row per variant: peak memory by phase, prefill speed, and how memory was measured."""
     rows = []
     for variant in c.variants:
         own = c.results[c.results["variant"] == variant]
@@ -57,7 +57,7 @@ def costs(c: Collected) -> list[Row]:
 
 
 def evaluations(c: Collected) -> list[Row]:
-    """A row a measure, a column a variant; ≈ where it is not distinguishable from the baseline."""
+    """One row per measure, one column per variant; ≈ marks values not distinguishable from the baseline."""
     rows = []
     for column in c.evaluations:
         row = {"column": column}
@@ -70,7 +70,7 @@ def evaluations(c: Collected) -> list[Row]:
 
 
 def runs(c: Collected, out: Path) -> list[Row]:
-    """A row a run, each number a link to the directory that it is from."""
+    """One row per run; each number links to the run's directory."""
     rows = []
     for entry, (_, result), (_, timing) in zip(c.entries, c.results.iterrows(), c.timings.iterrows(), strict=True):
         figures = {
@@ -86,7 +86,7 @@ def runs(c: Collected, out: Path) -> list[Row]:
 
 
 def linked(c: Collected, rows: list[Row], out: Path) -> list[Row]:
-    """The rows, each a variant's, as Markdown, with links to its runs."""
+    """Rows of variants as Markdown, with an added column of links to their runs."""
     shown = []
     for row in rows:
         own = [link(str(entry.seed), entry, out) for entry in c.entries if entry.variant == row["variant"]]
@@ -96,13 +96,13 @@ def linked(c: Collected, rows: list[Row], out: Path) -> list[Row]:
 
 
 def link(text: str, entry: Entry, out: Path) -> str:
-    """To the run's directory, from a page in `out`."""
+    """A Markdown link to the run's directory, relative to a page in `out`."""
     target = os.path.relpath(entry.run.path, out).replace(os.sep, "/").replace(" ", "%20")
     return f"[{text}]({target}/)"
 
 
 def spread(x: Estimate | None) -> str:
-    """A mean and half of its interval, to the digits that the interval leaves."""
+    """Format a mean ± half its interval, with as many digits as the interval supports."""
     if x is None:
         return "not measured"
     if not x.half:
@@ -112,13 +112,13 @@ def spread(x: Estimate | None) -> str:
 
 
 def compared(c: Collected, column: str, variant: str) -> str:
-    """The difference from the baseline, and whether it is one."""
-    assert c.baseline is not None, "there is a baseline to differ from"
+    """Format the difference from the baseline, with a remark if it is not distinguishable from zero."""
+    assert c.baseline is not None, "called only with a baseline"
     if variant == c.baseline:
         return "baseline"
     x = difference(c.results, column, variant, c.baseline)
     if x is None:
-        return "no seed in common"
+        return "no common seed"
     if x.half is None:
         return f"{x.mean:+,.2f}, one seed: no interval"
     digits = decimals(x.half)
@@ -127,7 +127,7 @@ def compared(c: Collected, column: str, variant: str) -> str:
 
 
 def decimals(half: float) -> int:
-    """Digits after the point that show an interval to two figures."""
+    """Number of decimals that show half an interval to two significant figures."""
     if not half:
         return 2
     return max(0, min(6, 1 - int(f"{half:e}".split("e")[1])))
@@ -138,7 +138,7 @@ def megabytes(x: Estimate | None) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as a Markdown table, aligned to be read as it is."""
+    """Format rows as a Markdown table with aligned columns."""
     lines = [list(rows[0]), *[list(row.values()) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     shown = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -147,5 +147,5 @@ def table(rows: list[Row]) -> str:
 
 
 def escape(text: str) -> str:
-    """As plain text in Markdown."""
+    """Escape characters that are special in Markdown."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)

@@ -1,4 +1,4 @@
-"""A report, written: tables, plots, and the page that holds them."""
+"""Write a report: CSV tables, plots, Markdown and HTML."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from scripts.report.tables import summary, table
 
 
 def report(paths: list[Path], out: Path, baseline: str | None = None) -> str:
-    """Write all of it into `out`; return the table. UserError where runs cannot stand in one table."""
+    """Write a report into `out` and return its summary table. UserError if the runs are not comparable."""
     collected = collect(paths, baseline)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("results", "timings"):
@@ -28,12 +28,12 @@ def report(paths: list[Path], out: Path, baseline: str | None = None) -> str:
 
 
 def draw(collected: Collected, out: Path) -> dict[str, str]:
-    """Save each plot that these runs have something for; captions by file name."""
+    """Save every plot that the runs have data for; returns captions by file name."""
     captions = {}
     for name, (caption, make) in PLOTS.items():
         figure = make(collected)
         if figure is None:
-            (out / f"{name}.png").unlink(missing_ok=True)  # of a report before this one
+            (out / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report
             continue
         save_figure(figure, out / f"{name}.png", dpi=160)
         captions[f"{name}.png"] = caption

@@ -1,1 +1,1 @@
-"""Kernels of contiguous self-attention, beside torch's own; `model.attention.dispatch` chooses among them."""
+"""Attention kernels; `model.attention.dispatch` chooses among them and torch's own."""

@@ -1,4 +1,4 @@
-"""Causal attention with a window by FlexAttention (2412.05496): for CUDA, in and out of torch.compile."""
+"""Causal sliding-window attention with FlexAttention (2412.05496), for CUDA, inside and outside torch.compile."""
 
 from functools import cache, lru_cache
 
@@ -11,7 +11,7 @@ from model.attention.mask import mask_mod
 
 @lru_cache(maxsize=32)
 def block_mask(T: int, window: int | None, n_sink: int, device: torch.device) -> BlockMask:
-    """The (128, 128) blocks in which any key is visible: made outside compiled code and kept for reuse."""
+    """The (128, 128) blocks with any visible key; created outside compiled code and cached."""
 
     def rule(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return mask_mod(q, k, window, n_sink)
@@ -20,12 +20,12 @@ def block_mask(T: int, window: int | None, n_sink: int, device: torch.device) ->
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-    """(B, H, T, D) over (B, K, T, D) keys and (B, K, T, Dv) values -> (B, H, T, Dv), the blocks of the mask alone."""
+    """(B, H, T, D) over (B, K, T, D) keys and (B, K, T, Dv) values -> (B, H, T, Dv); skips blocks outside the mask."""
     attention = flex_attention if torch.compiler.is_compiling() else _compiled()
     return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache
 def _compiled():
-    """Uncompiled it would materialise the whole T x T scores."""
+    """flex_attention under torch.compile; uncompiled it would materialise all T x T scores."""
     return torch.compile(flex_attention, dynamic=False)

@@ -1,6 +1,6 @@
-"""Attention by a mask over any positions: small chunks over a cache, padding, sparse patterns. It saves no work.
+"""Attention with a mask over any positions: small chunks over a cache, padding, sparse patterns. Skips no work.
 
-A tile of queries at a time, so that masks and scores stay below MASK_ELEMENTS.
+Processes a tile of queries at a time, so that masks and scores have at most MASK_ELEMENTS elements.
 
 Dimensions: B batch, H query heads, K KV heads, Tq and Tk queries and keys, D head_dim, Dv width of values.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 from model.attention.kernels.scores import ScoreMods, masked_scores
 from model.attention.mask import Visibility, attention_mask
 
-MASK_ELEMENTS = 1 << 22  # of a mask, or of scores, that exist at a time
+MASK_ELEMENTS = 1 << 22  # most elements of a mask, or of scores, at a time
 ALL = slice(None)
 
 
 class Positions(NamedTuple):
-    """Which queries attend to which keys: what attention_mask takes."""
+    """The arguments of attention_mask: which queries attend to which keys."""
 
     q_pos: Tensor  # (B or 1, Tq)
     k_pos: Tensor  # (B or 1, Tk)
@@ -31,18 +31,18 @@ class Positions(NamedTuple):
         return max(len(self.q_pos), 1 if self.star_context is None else len(self.star_context))
 
     def mask(self, queries: slice = ALL) -> Tensor:
-        """(B or 1, 1, Tq, Tk), of these queries."""
+        """The mask (B or 1, 1, Tq, Tk) of these queries."""
         return attention_mask(self.q_pos[:, queries], self.k_pos, self.spec, self.star_context)
 
     def distance(self, queries: slice = ALL) -> Tensor:
-        """(B or 1, 1, Tq, Tk) from each query back to each key."""
+        """Distances (B or 1, 1, Tq, Tk) from each query back to each key."""
         return (self.q_pos[:, queries, None] - self.k_pos[:, None])[:, None]
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float | None) -> Tensor:
-    """(B, H, Tq, D) over (B, K, Tk, D) keys and (B, K, Tk, Dv) values -> (B, H, Tq, Dv), by torch's own attention.
+    """(B, H, Tq, D) over (B, K, Tk, D) keys and (B, K, Tk, Dv) values -> (B, H, Tq, Dv), with torch's attention.
 
-    The query heads of a KV head become rows of one head, so that keys are not copied.
+    The query heads of a KV head are folded into the rows of one head, so that keys are not copied.
     """
     B, H, Tq, _ = q.shape
     K, Tk = k.shape[1:3]
@@ -59,7 +59,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float |
 
 
 def masked_with_mods(q: Tensor, k: Tensor, v: Tensor, positions: Positions, mods: ScoreMods) -> Tensor:
-    """The same with score modifications, which need the scores themselves."""
+    """Masked attention with score mods, which need materialised scores; shapes as in `masked`."""
     B, H, Tq, _ = q.shape
     tile = max(1, MASK_ELEMENTS // (B * H * k.shape[2]))
     tiles = [slice(start, start + tile) for start in range(0, Tq, tile)]

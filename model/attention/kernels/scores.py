@@ -1,4 +1,4 @@
-"""Attention that materialises the scores: any positions, any score modification.
+"""Attention that materialises the scores, for any positions and score mods.
 
 Dimensions: B batch, H query heads, K KV heads, R = H / K, Tq and Tk queries and keys, D head_dim.
 """
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class ScoreMods(NamedTuple):
-    """What turns q k into scores, in this order; None where it does not apply."""
+    """Score modifications, applied to q k in this order; None if unused."""
 
-    scale: float  # q k is multiplied by it
-    softcap: float | None  # c: c tanh(z / c)
-    slopes: Tensor | None  # (H,) subtracted per token of distance (ALiBi)
-    sink_logit: Tensor | None  # (H,) one more score in the denominator of the softmax, without a value
+    scale: float  # factor on q k
+    softcap: float | None  # soft-cap c: z becomes c tanh(z / c)
+    slopes: Tensor | None  # (H,) ALiBi slopes, subtracted per token of distance
+    sink_logit: Tensor | None  # (H,) learned sink: an extra score in the softmax denominator, without a value
 
 
 def masked_scores(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, mask: Tensor, mods: ScoreMods) -> Tensor:
@@ -35,7 +35,7 @@ def masked_scores(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, mask: Tenso
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, mask: Tensor, mods: ScoreMods) -> Tensor:
-    """The same for Tq = 1, for torch.compile: without matmuls Inductor reduces in registers and stores no scores."""
+    """masked_scores for Tq = 1 under torch.compile: without matmuls, Inductor reduces in registers."""
     B, H, _, D = q.shape
     K = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -47,7 +47,7 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, mask: Tensor, m
 
 
 def _probabilities(z: Tensor, distance: Tensor, mask: Tensor, mods: ScoreMods) -> Tensor:
-    """(B, H, Tq, Tk) q k, already scaled -> probabilities."""
+    """Scaled q k (B, H, Tq, Tk) -> probabilities."""
     if mods.softcap is not None:
         z = mods.softcap * torch.tanh(z / mods.softcap)
     if mods.slopes is not None:

@@ -1,4 +1,4 @@
-"""torch's fused causal attention, without a window.
+"""torch's fused causal attention (SDPA), without a window.
 
 Dimensions: B batch, H query heads, K KV heads, T tokens, D head_dim, Dv width of values.
 """
@@ -11,14 +11,14 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def reads_gqa(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a fused kernel of the device reads one KV head for several query heads, so that none is copied."""
+    """Whether the device's fused kernel supports GQA directly, without copying KV heads."""
     return device.type == "cuda" and dtype in HALF
 
 
 def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """(B, H, T, D) over (B, K, T, D) keys and (B, K, T, Dv) values -> (B, H, T, Dv).
 
-    Fused kernels take one width: where D and Dv differ, zeros widen the narrower one.
+    Fused kernels require equal widths: if D and Dv differ, the narrower is padded with zeros.
     """
     if k.shape[1] != q.shape[1] and not reads_gqa(q.device, q.dtype):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, T, D or Dv)

@@ -1,16 +1,16 @@
-"""Causal attention in tiles: a block of queries over just the keys that its window reaches, forward and backward.
+"""Causal attention in tiles: a block of queries over only the keys within its window, forward and backward.
 
-    window = 4, block = 3           keys  0 1 2 3 4 5       work in proportion to T x (window + block), memory of one
+    window = 4, block = 3           keys  0 1 2 3 4 5       work proportional to T x (window + block), memory of one
     the tile of queries 3 4 5:            x x x x           tile; only its first and last columns need a mask
                                             x x x x
                                               x x x x
 
-Matrix products run in the dtype of q, the softmax in float32 inside, sums over tiles in float32. In bfloat16 the scores
-are rounded before the softmax, which a fused kernel does not do. One custom operator: torch.compile takes it whole.
-A learned sink is one more key: of zeros, with a value of zeros, first among a tile's keys; its score is overwritten.
+Matmuls run in the dtype of q; the softmax and sums over tiles use float32. In bfloat16 the scores are rounded before
+the softmax, unlike in a fused kernel. It is a single custom operator, opaque to torch.compile. A learned sink is an
+extra key of zeros with a value of zeros, first among a tile's keys; its score is overwritten.
 
-Dimensions: B batch, H query heads, K KV heads, R = H / K, T time, D head_dim, b block, S sinks and
-the learned one, L keys of the band.
+Dimensions: B batch, H query heads, K KV heads, R = H / K, T time, D head_dim, b block, S sinks including the learned
+one, L keys of the band.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ from model import cpu
 from model.attention.kernels.workspace import KVGradAccumulator, Tile, Workspace
 from model.attention.mask import mask_mod
 
-ALIGN = 32  # keys of a tile are a multiple of this: vectors without a rest
-TILE_BYTES = 4 << 20  # of scores that exist at a time: batch and heads go in parts of this size
+ALIGN = 32  # the keys of a tile are a multiple of this, which fills whole vector registers
+TILE_BYTES = 4 << 20  # most bytes of scores at a time: batch and heads are split accordingly
 
 
 @torch.library.custom_op("sash::tiles", mutates_args=())
@@ -43,9 +43,9 @@ def tiles(
 ) -> Tensor:
     """(B, H, Tq, D) over (B, K, T, D) keys and (B, K, T, Dv) values -> (B, H, Tq, Dv).
 
-    Queries are those of the last Tq keys: of all keys in training, of the new ones of a chunk over a cache. Each
-    attends to its last `window` keys and the first n_sink. Scores are q k times scale (None: 1 / sqrt(D)), soft-capped,
-    minus slopes (H,) times the distance; sink_logit (H,) joins the denominator of the softmax.
+    The queries are at the positions of the last Tq keys: all keys in training, the new chunk with a cache. Each attends
+    to the last `window` keys (itself included) and the first n_sink. Scores are q k times scale (None: 1 / sqrt(D)),
+    soft-capped, minus slopes (H,) times the distance; sink_logit (H,) is added to the softmax denominator.
     """
     tiling = Tiling.of(q, k, window, n_sink, block, scale, softcap, slopes, sink_logit)
     out, workspace = _empty_out(q, v), Workspace(q)
@@ -108,17 +108,17 @@ def tiles_backward(
 
 @dataclass(slots=True)
 class Tiling:
-    """How the T x T square is cut into tiles, and what becomes of a tile's products."""
+    """How the T x T scores are split into tiles, and how a tile's scores are computed."""
 
     T: int
-    first: int  # where the first query stands
+    first: int  # position of the first query
     window: int
     n_sink: int
     block: int
     scale: float
     softcap: float | None
     learned: bool
-    _masks: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # the last ones
+    _masks: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # of the last tile shape
 
     @classmethod
     def of(
@@ -133,13 +133,13 @@ class Tiling:
         _slopes: Tensor | None = None,
         sink_logit: Tensor | None = None,
     ) -> "Tiling":
-        """As the operators are called."""
+        """Construct from the arguments of the operators."""
         T, D = k.shape[2:]
         scale, learned = D**-0.5 if scale is None else scale, sink_logit is not None
         return cls(T, T - q.shape[2], window, n_sink, block, scale, softcap, learned)
 
     def __iter__(self) -> Iterator[Tile]:
-        """Last queries first: a key is done with the tile whose queries stand where it does."""
+        """Tiles from the last queries to the first, so a key is complete with the tile of queries at its position."""
         before = self.n_sink + self.learned
         for start in reversed(range(self.first, self.T, self.block)):
             stop = min(self.T, start + self.block)
@@ -151,9 +151,9 @@ class Tiling:
     def parts(
         self, queries: list[Tensor], keys: list[Tensor], per_head: list[Tensor | None]
     ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor | None]]]:
-        """Views of (B, H, T, D) as (B, K, R, T, D), of (B, K, T, D), and of (H,) as (K, R), or None.
+        """Split batch and KV heads into parts whose tiles have at most TILE_BYTES.
 
-        As many rows and KV heads as make a tile.
+        Yields views of `queries` as (B, K, R, T, D), of `keys` (B, K, T, D), and of `per_head` (H,) as (K, R) or None.
         """
         B, K = keys[0].shape[:2]
         queries = [x.unflatten(1, (K, -1)) for x in queries]
@@ -166,10 +166,10 @@ class Tiling:
                 yield [x[here] for x in queries], [x[here] for x in keys], of_heads
 
     def part(self, B: int, K: int, R: int, element_size: int) -> tuple[int, int]:
-        """How many rows and KV heads at a time."""
+        """Number of batch rows and KV heads per part."""
         tile_bytes = R * self.block * self.keys_of_tile * element_size
         heads = min(K, max(1, TILE_BYTES // tile_bytes))
-        heads = -(-K // -(-K // heads))  # parts of one size
+        heads = -(-K // -(-K // heads))  # parts of equal size
         return min(B, max(1, TILE_BYTES // (tile_bytes * heads))), heads
 
     @property
@@ -178,16 +178,16 @@ class Tiling:
 
     @property
     def n_open(self) -> int:
-        """The most keys that a tile leaves to later ones."""
+        """The most keys of a tile that later tiles still contribute to."""
         return max(tile.start - tile.low for tile in self)
 
     def scores(self, rows: Tensor, keys: Tensor, workspace: Workspace) -> Tensor:
-        """(N, R b, S + L): products, capped."""
+        """Soft-capped scores (N, R b, S + L)."""
         scores = workspace.product("scores", rows, keys.mT)
         return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def cap_grad(self, scores: Tensor, workspace: Workspace) -> Tensor | None:
-        """The derivative of the soft-cap, from capped scores."""
+        """Derivative of the soft-cap, computed from the capped scores."""
         if self.softcap is None:
             return None
         return torch.div(scores, self.softcap, out=workspace.take("cap_grad", *scores.shape)).square_().neg_().add_(1)
@@ -195,7 +195,7 @@ class Tiling:
     def probabilities(
         self, tile: Tile, scores: Tensor, workspace: Workspace, slopes: Tensor | None, sink_logit: Tensor | None
     ) -> Tensor:
-        """(N, R b, S + L): the softmax over what each query sees. Overwrites the scores."""
+        """Softmax (N, R b, S + L) over the keys that each query attends to. Overwrites the scores."""
         if slopes is not None:
             tile.by_head(scores, slopes).addcmul_(slopes[:, :, None, None], tile.distances(scores), value=-1)
         square = scores.unflatten(1, (-1, tile.stop - tile.start))  # (N, R, b, S + L), a view
@@ -211,35 +211,35 @@ class Tiling:
         return torch.softmax(scores, dim=-1, out=workspace.take("p", *scores.shape))
 
     def edges(self, tile: Tile, like: Tensor) -> list[Tensor]:
-        """Additive masks of the columns that some query of the tile does not see: its own block, and the oldest."""
+        """Additive masks of the columns hidden from some queries of the tile: its newest and its oldest keys."""
         n_old = max(0, tile.stop - self.window - tile.low)
         key = (tile.stop - tile.start, n_old, max(0, self.n_sink - tile.low))
         if key not in self._masks:
             pos = torch.arange(tile.stop, device=like.device, dtype=torch.int32)
             q, columns = pos[tile.start :, None], (pos[None, tile.start :], pos[None, tile.low : tile.low + n_old])
             hidden = [~mask_mod(q, column, self.window, self.n_sink) for column in columns]
-            self._masks.clear()  # before the next ones are there
+            self._masks.clear()  # free them before allocating the next ones
             self._masks[key] = [torch.zeros_like(h, dtype=like.dtype).masked_fill_(h, -torch.inf) for h in hidden]
         return self._masks[key]
 
 
 def _one_of_few(n: int) -> int:
-    """n or up to an eighth more: a growing cache has ever other lengths, and a CPU keeps code for each."""
+    """Round n up by at most an eighth: CPU matmuls cache code per shape, and a growing KV cache changes its length."""
     step = max(ALIGN, (1 << n.bit_length()) // 16)
     return -(-n // step) * step
 
 
 def _softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
-    """The gradient of the scores, of that of the probabilities p."""
-    if grad.device.type == "cpu":  # which reads a row before it writes it: the tile can be overwritten
+    """Gradient of the scores from `grad`, the gradient of the probabilities p."""
+    if grad.device.type == "cpu":  # the CPU kernel reads each row before writing it, so it can work in place
         return torch.ops.aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=grad)
     return torch._softmax_backward_data(grad, p, -1, p.dtype)
 
 
 def block_size(window: int, dtype: torch.dtype) -> int:
-    """What measured fastest among those that need no more memory than fused full attention: wide ones waste pairs."""
+    """The fastest block size, measured, with no more memory than fused full attention; wide blocks waste work."""
     if dtype in (torch.bfloat16, torch.float16):
-        least = 96 if cpu.has_avx512_bf16() else 64  # fused attention holds less without
+        least = 96 if cpu.has_avx512_bf16() else 64  # without it, fused attention needs less memory
         return min(256, max(least, window // 4 // ALIGN * ALIGN))
     return 64
 
@@ -250,7 +250,7 @@ def _empty_out(q: Tensor, v: Tensor) -> Tensor:
 
 
 def work_bytes(q: Tensor, k: Tensor, v: Tensor, *numbers: Any, backward: bool) -> int:
-    """Workspace of a call beside its arguments and results, from shapes alone; `numbers` are its arguments behind v."""
+    """Workspace of a call in bytes, computed from shapes; `numbers` are the arguments after v."""
     (B, H, _, D), K, Dv = q.shape, k.shape[1], v.shape[-1]
     tiling = Tiling.of(q, k, *numbers)
     rows, heads = tiling.part(B, K, H // K, q.element_size())
@@ -288,7 +288,7 @@ tiles_backward.register_fake(
 
 WORKSPACE: dict[
     Any, tuple[Callable[..., int], int]
-] = {  # operator -> its workspace, and the index of q among its arguments
+] = {  # operator -> its workspace in bytes, and the index of q among its arguments
     torch.ops.sash.tiles.default: (work_bytes, 0),
     torch.ops.sash.tiles_backward.default: (work_bytes, 1),
 }

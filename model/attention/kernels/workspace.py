@@ -1,6 +1,6 @@
 """The buffers of `tiles`: allocated once per call and reused from tile to tile.
 
-Dimensions: as there: B batch, K KV heads, R query heads of each, T time, D head_dim, b block, S sinks and the learned
+Dimensions: B batch, K KV heads, R query heads per KV head, T time, D head_dim, b block, S sinks including the learned
 one, L keys of the band, N = B K.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Queries start to stop over a band of keys, low to stop; before it n_sink sinks, before those a learned one."""
+    """Queries start..stop over a band of keys low..stop, preceded by n_sink sinks and, before them, a learned sink."""
 
     start: int
     stop: int
-    rows: slice  # rows of q with those queries: with a cache, q begins at a later key
+    rows: slice  # rows of q with these queries, which differ from start..stop with a cache
     low: int
-    end: int  # the band is padded up to here, with keys that no query of the tile attends to
+    end: int  # end of the padded band; no query attends to keys from stop on
     n_sink: int
     learned: bool
 
@@ -35,18 +35,18 @@ class Tile:
         return x.view(-1, *like.shape, self.stop - self.start, *x.shape[2:])
 
     def distances(self, like: Tensor) -> Tensor:
-        """(b, S + L) distance from each query back to each key; 0 for the learned sink."""
+        """Distances (b, S + L) from each query back to each key; 0 for the learned sink."""
         pos = torch.arange(self.end, device=like.device)
         back = pos[self.start : self.stop, None] - torch.cat((pos[: self.n_sink], pos[self.low :]))
         return (F.pad(back, (1, 0)) if self.learned else back).to(like.dtype)
 
 
 class Workspace:
-    """Named buffers that every tile reuses: fresh ones would cost as much in page faults as the matmuls in them."""
+    """Named buffers reused by every tile: page faults of new ones would cost as much time as the matmuls."""
 
     def __init__(self, like: Tensor):
         self.like = like
-        self.packs = like.element_size() < 4  # a CPU would copy strided half types at each matmul
+        self.packs = like.element_size() < 4  # CPU matmuls copy strided half-precision operands
         self._flat: dict[str, Tensor] = {}
         self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}
 
@@ -57,12 +57,12 @@ class Workspace:
             n = math.prod(shape)
             flat = self._flat.setdefault(name, self.like.new_empty(0, dtype=dtype))
             if flat.numel() < n:
-                flat.resize_(n)  # in place: views that are still held do not keep the smaller memory alive
+                flat.resize_(n)  # in place, so that existing views do not keep the old memory alive
             views[shape] = flat[:n].view(shape)
         return views[shape]
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """(N, n, m) of (N, n, i) and (N, i, m)."""
+        """Batched matmul (N, n, i) @ (N, i, m) -> (N, n, m) into a buffer."""
         return torch.bmm(a, b, out=self.take(name, len(a), a.shape[1], b.shape[2]))
 
     def queries(self, name: str, tile: Tile, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -73,7 +73,7 @@ class Workspace:
         return rows.reshape(rows.shape[0] * rows.shape[1], -1, rows.shape[4])
 
     def put(self, x: Tensor, tile: Tile, rows: Tensor, scale: float = 1.0) -> None:
-        """(N, R b, D) to where `queries` takes it from."""
+        """Write (N, R b, D) to the rows that `queries` reads."""
         place = x[:, :, :, tile.rows]
         torch.mul(rows.view(place.shape), scale, out=place)
 
@@ -97,24 +97,24 @@ class Workspace:
 class KVGradAccumulator:
     """Gradients of keys or values, summed over tiles in float32.
 
-    For a half type only the keys that later tiles still reach have a float32 sum, in a ring buffer: keys that are
-    complete leave their slots to the new keys of the next tile.
+    In half precision, only keys that later tiles still contribute to have a float32 sum, in a ring buffer; completed
+    keys free their slots for the next tile.
     """
 
     def __init__(self, name: str, out: Tensor, n_open: int, n_sink: int, workspace: Workspace):
-        self.out, self.low = out, out.shape[2]  # (B, K, T, D); from key `low` on there are sums
+        self.out, self.low = out, out.shape[2]  # (B, K, T, D); sums exist from key `low` on
         dtype = torch.promote_types(out.dtype, torch.float32)
         self.exact = out.dtype == dtype
         self.sums = out if self.exact else workspace.take(name, *out.shape[:2], n_open, out.shape[3], dtype=dtype)
         self.sinks = out.new_zeros(*out.shape[:2], min(n_sink, out.shape[2]), out.shape[3], dtype=dtype)
 
     def add(self, tile: Tile, x: Tensor) -> None:
-        """x (N, S + L, D) to the keys of the tile."""
+        """Add x (N, S + L, D) to the sums of the tile's keys."""
         x = x.unflatten(0, self.out.shape[:2])
         if tile.n_sink:
             self.sinks[:, :, : tile.n_sink] += x[:, :, tile.learned : tile.n_before]
-        done = max(self.low, tile.start)  # no later tile reaches keys from start on
-        for start, stop in ((self.low, done), (done, tile.stop)):  # in turn: what is added exists in float32 meanwhile
+        done = max(self.low, tile.start)  # no later tile contributes to keys from start on
+        for start, stop in ((self.low, done), (done, tile.stop)):  # separately, to limit float32 temporaries
             for sums, keys in self._places(start, stop):
                 sums += self._of(tile, x, keys)
         if not self.exact:
@@ -127,7 +127,7 @@ class KVGradAccumulator:
         self.low = tile.low
 
     def finish(self, first: int) -> None:
-        """Keep the sums of keys before the first query, and add what the sinks received beside the band."""
+        """Write the sums of keys before the first query, and add the gradients of the sinks."""
         if not self.exact:
             self._keep(self.low, first)
         self.out[:, :, : self.sinks.shape[2]] += self.sinks
@@ -137,7 +137,7 @@ class KVGradAccumulator:
             self.out[:, :, keys].copy_(sums)
 
     def _places(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """Where the sums of these keys are: in a ring they may go on at its beginning."""
+        """The parts of the ring buffer that hold the sums of these keys: two if they wrap around."""
         size = self.sums.shape[2]
         while start < stop:
             at = start % size
