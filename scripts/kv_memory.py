@@ -8,16 +8,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
+from pydantic import AfterValidator
 
 from cli.options import Count, options_class, parse
 from cli.program import exit_with_one_line
 from configs.load import build, load
 from model import cost
 from model.config import ModelConfig
+from model.device import long_dtype
 from model.errors import UserError
 from scripts.figure import new_figure, save_figure
 
@@ -26,6 +28,11 @@ PRESETS = Path("configs/presets")
 PRESET_CONTEXTS = (1_024, 8_192, 32_768, 131_072, 1_048_576)
 EXAMPLE = {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "pattern": "5:1", "window": 1024}
 SHAPE = (*EXAMPLE, "head_dim", "n_sink")  # what options say of it
+
+
+CacheDType = Annotated[
+    Literal["bfloat16", "float16", "float32", "int8", "bf16", "fp16", "fp32"], AfterValidator(long_dtype)
+]
 
 
 @options_class
@@ -53,7 +60,7 @@ class Options:
 
     context: Count | None = None
     """context length, in tokens, of the summary line (default: 32768, or the end of learned positions)"""
-    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
+    dtype: CacheDType = "bfloat16"
     """dtype of keys and values; int8 adds a two-byte scale to each key and value of each head"""
     presets: bool = False
     """print one row for each config in configs/presets instead"""

@@ -10,6 +10,9 @@ from configs.load import from_command_line, load
 from configs.schema import RunConfig
 from model.device import resolve
 from model.errors import UserError
+from scripts import kv_memory
+from scripts.bench.timing import Measured
+from scripts.convert import __main__ as convert
 from training.progress import Progress
 
 
@@ -91,6 +94,13 @@ def test_short_names_of_dtypes_become_long_ones(short, long):
 )
 def test_a_runtime_takes_short_names_of_dtypes(name, dtype):
     assert resolve("cpu", name, "off").dtype == dtype
+
+
+def test_programs_take_short_names_of_dtypes_too():
+    common = {"run": Path("runs/run"), "to": Path("exported")}
+    assert kv_memory.Options(dtype="fp16").dtype == "float16"
+    assert convert.Export(**common, dtype="bf16").dtype == "bfloat16"
+    assert Measured(dtype="fp32").dtype == "float32"
 
 
 @pytest.mark.parametrize("name", ["fp16", "float16"])
