@@ -46,7 +46,7 @@ def test_runs_of_two_machines_are_refused(options):
     planted(options.runs, "mha", 1, 3.0, facts={"runtime": "device cuda"}, window=3)
     (options.runs / "mha").rename(options.runs / "other")
     (options.runs / "cells/mha-s1").rename(options.runs / "mha")
-    with pytest.raises(UserError, match="differ in machine or versions, run the demo again: device cpu.*device cuda"):
+    with pytest.raises(UserError, match=r"differ in machine or versions, run the demo again: device cpu.*device cuda"):
         readme.update(options)
 
 
