@@ -8,16 +8,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
+from pydantic import AfterValidator
 
 from cli.options import Count, options_class, parse
 from cli.program import exit_with_one_line
 from configs.load import build, load
 from model import cost
 from model.config import ModelConfig
+from model.device import long_dtype
 from model.errors import UserError
 from scripts.figure import new_figure, save_figure
 
@@ -53,7 +55,9 @@ class Options:
 
     context: Count | None = None
     """context length of the summary line, in tokens (default: 32768, or block_size with learned positions)"""
-    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "int8"], AfterValidator(long_dtype)
+    ] = "bfloat16"
     """dtype of keys and values; int8 adds a two-byte scale per token, KV head, and key or value"""
     presets: bool = False
     """print one row for each config in configs/presets instead of one model"""

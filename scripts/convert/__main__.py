@@ -6,10 +6,11 @@ shows vLLM and GGUF. An imported model becomes a run, which generate.py can use.
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
+from pydantic import AfterValidator
 
 from artifacts import checkpoint
 from artifacts.run_dir import RunDir
@@ -17,6 +18,7 @@ from cli.options import Command, options_class, run_subcommand
 from cli.program import exit_with_one_line
 from configs.load import build
 from configs.schema import RunConfig
+from model.device import long_dtype
 from model.errors import UserError
 from model.gpt import GPT
 from scripts.convert import directory
@@ -37,7 +39,7 @@ class Export:
     """directory to create"""
     checkpoint: Literal["best", "latest"] = "best"
     """checkpoint to export"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "fp32", "bf16"], AfterValidator(long_dtype)] = "float32"
     """dtype of the exported weights"""
 
 
