@@ -137,6 +137,7 @@ def test_control_c_at_the_mark_ends_with_statistics(say, monkeypatch):
     assert "peak memory" in ended.err
 
 
+@pytest.mark.slow
 def test_lines_that_are_not_utf8_are_refused(runs, tmp_path):
     (tmp_path / "lines").write_bytes("Grüße\n".encode("latin1"))
     with open(tmp_path / "lines") as lines:

@@ -219,6 +219,7 @@ def final_folders(root: Path) -> list[str]:
     return [path.name for path in root.iterdir() if path.is_dir() and not path.name.endswith(".partial")]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_final_and_the_next_one_goes_on_to_the_same_bytes(tmp_path, lines, monkeypatch):
     expected = content(quietly(lines, "byte", tmp_path / "undisturbed").directory)
     root = tmp_path / "killed"
@@ -244,6 +245,7 @@ def test_a_killed_process_leaves_nothing_final_and_the_next_one_goes_on_to_the_s
     assert not [text for text in encoded if text.startswith(f"Document {done - 1} ")]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_whole_folder(tmp_path, lines):
     expected = content(quietly(lines, "byte", tmp_path / "alone").directory)
     workers = [start_slow_worker(lines, tmp_path / "both") for _ in range(2)]

@@ -219,6 +219,7 @@ print(*(faults() for _ in range(40)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other settings")
 def test_memory_that_was_freed_is_used_again_on_a_cpu_without_new_pages():
     """After some tries: glibc before 2.38 keeps small ends that it cuts off, seven of a size, between what is freed."""

@@ -86,6 +86,7 @@ def assert_went_on(run: RunDir, whole: RunDir) -> None:
     assert run.summary()["step"] == STEPS
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_from_the_last_checkpoint_when_a_process_was_killed(tmp_path, text, whole):
     run = RunDir(tmp_path / "run")
     with torchrun(tmp_path, text, "--max-restarts", 1) as process:
@@ -99,6 +100,7 @@ def test_torchrun_goes_on_from_the_last_checkpoint_when_a_process_was_killed(tmp
     assert_went_on(run, whole)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on(tmp_path, text, whole):
     run = RunDir(tmp_path / "run")
     with torchrun(tmp_path, text, train={"parallel": "fsdp", "checkpoint": "sharded"}) as process:

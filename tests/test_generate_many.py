@@ -200,6 +200,7 @@ def test_another_failure_is_not_taken_for_a_lack_of_memory(say, monkeypatch):
         say("sliding")
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_write_a_character_writes_another(runs, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     ended = run_program("generate.py", runs / "full", "--prompt", "naïve", "--max-new-tokens", 1, *CPU)
@@ -218,6 +219,7 @@ def test_an_interrupted_prefill_still_says_what_it_cost(say, monkeypatch):
     assert [line.split()[0] for line in ended.err.strip().splitlines()] == ["cache", "peak", "generate.py:"]
 
 
+@pytest.mark.slow
 def test_control_c_ends_a_real_process_with_statistics(runs):
     process = start_program("generate.py", runs / "swa", "--max-new-tokens", 10**6, "--no-stop-at-end", *CPU)
     assert process.stdout is not None
@@ -229,6 +231,7 @@ def test_control_c_ends_a_real_process_with_statistics(runs):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_a_real_process_with_one_line(runs):
     process = start_program("generate.py", runs / "swa", "--max-new-tokens", 10**6, "--no-stop-at-end", *CPU)
     assert process.stdout is not None

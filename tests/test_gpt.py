@@ -313,6 +313,7 @@ def test_kernel_names_say_what_each_kind_of_layer_takes():
     assert [name.split()[0] for name in names] == ["swa", "full"]
 
 
+@pytest.mark.slow
 def test_importing_the_model_does_nothing():
     probe = """
 import sys, torch

@@ -49,6 +49,7 @@ def signalled(out: Path, text: Path, number: int, lines: int) -> Ended:
     return Ended(process.returncode, out_text, err)
 
 
+@pytest.mark.slow
 def test_a_killed_process_and_its_repetition_equal_one_that_was_not_killed(tmp_path, text, long_whole):
     step = random.SystemRandom().randrange(45, 65)  # of 110: any moment will do
     killed = signalled(tmp_path, text, signal.SIGKILL, step)
@@ -76,6 +77,7 @@ def test_a_process_killed_at_thirty_random_moments_equals_one_that_was_not(tmp_p
     assert_same(tmp_path / "run", tmp_path / "undisturbed" / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_process_says_how_to_go_on_and_does(tmp_path, text, long_whole, number, code):
     ended = signalled(tmp_path, text, number, 50)

@@ -87,6 +87,7 @@ def test_what_cannot_be_measured_is_absent_and_said():
     assert (peak.method, peak.bytes, peak.process_bytes) == ("not measured on mps", None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system forgets no high-water mark")
 def test_the_process_peak_is_of_the_block_alone():
     code = """

@@ -116,6 +116,7 @@ def test_it_generates_compiled_and_not_and_its_cache_is_right(tree, trained):
         assert (compiled.code, compiled.out) == (0, plain.out)
 
 
+@pytest.mark.slow
 def test_help_and_errors_know_its_settings(tree):
     ended = run(tree, "-c", "import sys; sys.argv = ['train.py', '--help']; import train; train.main()")
     box = ended.out[ended.out.index("model.decay options") :]

@@ -92,6 +92,7 @@ def largest_difference(one: RunDir, other: RunDir) -> float:
 TOLERANCE = {"adamw": 1e-5, "muon": 1e-3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("method", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(out, text, found, method, name):
@@ -99,12 +100,14 @@ def test_two_processes_have_the_losses_of_one(out, text, found, method, name):
     assert largest_difference(one, RunDir(out / f"{method}-{name}")) < TOLERANCE[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ddp", "fsdp"])
 def test_two_processes_that_accumulate_have_the_losses_of_one(out, text, found, method):
     one = alone(out, text, "adamw", optim=OPTIMIZERS["adamw"], train=LONG)
     assert largest_difference(one, RunDir(out / f"accumulated-{method}")) < TOLERANCE["adamw"]
 
 
+@pytest.mark.slow
 def test_dropout_too_is_that_of_one_process_with_the_same_micro_batch(out, text, found):
     one = alone(out, text, "dropout-alone", **DROPOUT, train=LONG | {"micro_batch": 3})
     assert largest_difference(one, RunDir(out / "dropout")) < TOLERANCE["adamw"]
@@ -112,11 +115,13 @@ def test_dropout_too_is_that_of_one_process_with_the_same_micro_batch(out, text,
     assert largest_difference(one, without) > 0.01
 
 
+@pytest.mark.slow
 def test_given_equal_gradients_sharded_weights_move_as_whole_ones(found):
     assert found["deviation"]["muon"] == 0.0
     assert found["deviation"]["adamw"] < 1e-7  # its vectorised arithmetic ends elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ddp", "fsdp"])
 def test_auxiliary_losses_and_passed_tensors_are_those_of_one_process(found, method):
     value_off, gradient_off, value = found["auxiliary"][method]
@@ -125,17 +130,20 @@ def test_auxiliary_losses_and_passed_tensors_are_those_of_one_process(found, met
     assert gradient_off < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_are_exchanged_once_a_step_however_many_micro_batches_it_has(found):
     for once, with_four in found["exchanges"].values():
         assert once == with_four > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are seen on Linux alone")
 def test_no_thread_that_frees_tensors_is_left_when_python_ends(found):
     assert found["gloo_threads_in_it"] > 0
     assert found["gloo_threads_after_it"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TOGETHER if "-to-" in name])
 def test_another_number_of_processes_goes_on_with_a_run(out, text, found, name):
     changes = TOGETHER[name] | {"train": TOGETHER[name]["train"] | {"max_steps": STEPS}}
@@ -144,6 +152,7 @@ def test_another_number_of_processes_goes_on_with_a_run(out, text, found, name):
     assert largest_difference(run, whole) < TOLERANCE["muon"]
 
 
+@pytest.mark.slow
 def test_sharded_checkpoints_are_parts_from_each_process_and_whole_ones_single_files(out, found):
     names = {
         kind: RunDir(out / f"fsdp{kind}-to-1-as-it-was").checkpoints / "step_00000010" for kind in ("", "-sharded")
@@ -157,6 +166,7 @@ def test_sharded_checkpoints_are_parts_from_each_process_and_whole_ones_single_f
 PARTS = ("__0_0.distcp", "__1_0.distcp")
 
 
+@pytest.mark.slow
 def test_a_damaged_part_of_a_sharded_checkpoint_is_refused_by_its_name(out, text, found, tmp_path):
     run = alone(tmp_path, text, "sharded", train={"checkpoint": "sharded"})
     part = run.latest().path / "optimizer" / PARTS[0]
@@ -165,6 +175,7 @@ def test_a_damaged_part_of_a_sharded_checkpoint_is_refused_by_its_name(out, text
         run.latest()
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_read_by_a_process_without_others(out, text, found):
     one, other = (RunDir(out / f"fsdp{kind}-to-1-as-it-was") for kind in ("", "-sharded"))
     models = [run.load(run.checkpoints / "step_00000010")[0] for run in (one, other)]

@@ -187,6 +187,7 @@ def test_a_variant_that_fails_ends_the_demo_with_its_code(monkeypatch, tmp_path)
     assert end.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_demo_stops_what_it_runs_and_waits_until_that_has_saved(tmp_path):
     saved = tmp_path / "saved"
     save = f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), open({str(saved)!r}, 'w'), exit(143)))"

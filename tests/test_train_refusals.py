@@ -117,6 +117,7 @@ def test_a_config_that_cannot_work_is_refused_and_nothing_is_written(tmp_path, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here there is cuda")
 def test_cuda_where_there_is_none_ends_a_real_process_with_2(tmp_path, text):
     ended = run_program("train.py", *command_line(tmp_path / "runs", text, device="cuda"))
