@@ -33,7 +33,7 @@ class Options:
     """Size of the KV cache by context length, compared with the same model without GQA or without windows."""
 
     config: tyro.conf.Positional[Path | None] = None
-    """config file of the model (default: a 7 B model with 8 KV heads and 5:1 windows of 1024 tokens)"""
+    """config file of the model (default: a 7B model with 8 KV heads, pattern 5:1 and windows of 1024 tokens)"""
     n_layer: int | None = None
     """number of layers (default: as in the config)"""
     n_embd: int | None = None
@@ -52,7 +52,7 @@ class Options:
     """attention sinks: first tokens that sliding layers keep in their cache (default: as in the config)"""
 
     context: Count | None = None
-    """context length of the summary line, in tokens (default: 32768, or block_size with learned positions)"""
+    """context length for the line above the table, in tokens (default: 32768, or block_size with learned positions)"""
     dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
     """dtype of keys and values; int8 adds a two-byte scale per token, KV head, and key or value"""
     presets: bool = False
