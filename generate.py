@@ -1,7 +1,7 @@
 """Generate text from a trained run:
 
   python generate.py runs/shakespeare --prompt "To be" --max-new-tokens 500
-  python generate.py runs/shakespeare --interactive                          continue your lines, one by one
+  python generate.py runs/shakespeare --interactive                          type lines, which the model continues
   python generate.py runs/shakespeare --prompts prompts.txt --num-samples 3  a batch: one prompt per line of a file
   python generate.py runs/shakespeare --window 256 --n-sink 4                decode through a sliding window
 
@@ -42,7 +42,7 @@ TOLERANCE = {  # of --check: relative to the largest logit, by dtype
 
 @options_class
 class Input:
-    """Text to continue; without any, a new document."""
+    """Text to continue; without it, the model begins a new document."""
 
     prompt: str | None = None
     """text to continue"""
@@ -51,7 +51,7 @@ class Input:
     prompts: Path | None = None
     """read one prompt from each line of a file and continue them as one batch; - is standard input"""
     interactive: bool = False
-    """ask for text line by line and continue it; the cache is kept between lines"""
+    """read lines from you and continue the text after each; the cache is kept between lines"""
 
 
 @options_class
@@ -61,8 +61,8 @@ class Output:
     json: bool = False
     """write one line of JSON for each text: text, tokens, log-probabilities and why it ended"""
     check: bool = False
-    """cache parity: compare the logits with those computed without a cache; exit code 1 if they differ by more than
-    rounding explains"""
+    """after generating, compare the logits with those computed without a cache; exit code 1 if they differ by more
+    than rounding explains"""
 
 
 @options_class

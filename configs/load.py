@@ -26,7 +26,7 @@ def with_options(
     argv: Sequence[str] | None, prog: str, description: str, options: dict[str, Any]
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Like from_command_line, for a program with more options (name -> type); also returns their values."""
-    file = tyro.conf.arg(help="a config; without one, the defaults", help_behavior_hint="")
+    file = tyro.conf.arg(help="TOML config file; without one, every key has its default", help_behavior_hint="")
     fields = {"file": Annotated[Path | None, tyro.conf.Positional, file], **options, **_options(RunConfig)}
     line: Any = _typed_dict("CommandLine", fields)
     given: dict[str, Any] = tyro.cli(

@@ -38,7 +38,7 @@ class OptimConfig(Section):
     """The optimizers and the learning rate schedule."""
 
     optimizer: OptimizerName = Field(
-        "muon", description="muon: Muon for the matrices inside layers, AdamW for the rest; adamw: AdamW for all"
+        "muon", description="muon: Muon for the matrices inside layers, AdamW for the rest; adamw: AdamW for everything"
     )
     muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon")
     adamw_lr: float | None = Field(
@@ -51,20 +51,26 @@ class OptimConfig(Section):
         "adamw_lr * base_width / n_embd; only with optimizer adamw; none: no scaling",
     )
     schedule: Schedule = Field(
-        "trapezoid", description="learning rate after warm-up: cosine, trapezoid (flat, then linear decay), constant"
+        "trapezoid", description="learning rate after warm-up: cosine, trapezoid (flat, then linear decay) or constant"
     )
     warmup_steps: int = Field(50, ge=0, description="steps of linear learning rate warm-up")
     decay_fraction: float = Field(
-        0.4, gt=0, le=1, description="fraction of max_steps at the end in which the trapezoid decays"
+        0.4,
+        gt=0,
+        le=1,
+        description="last fraction of max_steps, over which the trapezoid schedule decays",
     )
-    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the last step, as a fraction of the peak")
+    final_lr: float = Field(
+        0.0, ge=0, le=1, description="learning rate that cosine and trapezoid decay to, as a fraction of the peak"
+    )
     betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="AdamW's decay rates of the running mean and variance of the gradient"
+        (0.9, 0.95),
+        description="AdamW's beta1 and beta2: decay rates of the running means of the gradient and of its square",
     )
     weight_decay: float = Field(
-        0.1, ge=0, description="decoupled weight decay of matrices; with Muon, embeddings are not decayed"
+        0.1, ge=0, description="decoupled weight decay of matrices; with Muon, only of those inside layers"
     )
-    grad_clip: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    grad_clip: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -101,7 +107,8 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="rows per forward pass; none: on cuda as many as fit into memory, elsewhere at most 16384 tokens",
+        description="sequences per forward pass; none: on cuda as many as fit into memory, elsewhere at most 16384 "
+        "tokens",
     )
     parallel: Parallel = Field(
         "auto",
@@ -110,18 +117,20 @@ class TrainConfig(Section):
     )
     checkpoint: CheckpointKind = Field(
         "whole",
-        description="whole: single files; sharded: one file per process; any number of processes can resume from both",
+        description="whole: gathered into single files; sharded: a file per process; any number of processes can "
+        "resume from either",
     )
     activation_checkpointing: bool = Field(
-        False, description="store only each layer's input and recompute the rest in the backward pass: saves memory"
+        False,
+        description="store only each layer's input, recompute the rest in the backward pass: less memory, slower",
     )
     eval_every: int = Field(250, ge=1, description="steps between evaluations; the last step is always evaluated")
     eval_tokens: int | None = Field(
         131_072, ge=1, description="tokens of the validation split to evaluate, always the same; none: all of them"
     )
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints; the last step is always saved")
-    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep beside the best")
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep, besides the best one")
     patience: int | None = Field(
         None, ge=1, description="end the run after this many evaluations without improvement; none: never"
     )
@@ -131,13 +140,13 @@ class TrainConfig(Section):
         description="skip steps whose loss or gradient norm is this many standard deviations above its running mean; "
         "none: skip only values that are not finite",
     )
-    max_skipped: int = Field(5, ge=0, description="most consecutive skipped steps; one more aborts the run")
+    max_skipped: int = Field(5, ge=0, description="consecutive skipped steps allowed; one more aborts the run")
 
 
 class LogConfig(Section):
     """Progress bar and wandb; metrics.jsonl is always written."""
 
-    wandb: bool = Field(False, description="mirror the metrics to wandb; offline unless a key is configured")
+    wandb: bool = Field(False, description="mirror the metrics to wandb; offline unless an API key is configured")
     wandb_project: str = Field("sash", description="name of the wandb project")
     progress: bool = Field(True, description="show a progress bar on a terminal")
 
@@ -148,15 +157,17 @@ class RunConfig(Section):
     name: str = Field(
         "run", pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$", description="name of the run, and of its directory in out_dir"
     )
-    out_dir: Path = Field(Path("runs"), description="directory of all runs")
+    out_dir: Path = Field(Path("runs"), description="directory in which runs are created")
     seed: int = Field(1337, ge=0, lt=2**63, description="random seed of initial weights, data order and dropout")
     device: str = Field(
-        "auto", description="auto, cpu, cuda, cuda:1 or mps; auto: the first of cuda, mps, cpu that is there"
+        "auto", description="auto, cpu, cuda, cuda:1 or mps; auto: the first of cuda, mps, cpu that is available"
     )
     dtype: DType = Field(
-        "auto", description="dtype of matrix products; auto: bfloat16 where the hardware supports it, else float32"
+        "auto",
+        description="dtype of matmuls (weights stay float32); auto: bfloat16 where the hardware multiplies it "
+        "natively, else float32; float16 is refused in training",
     )
-    compile: Switch = Field("auto", description="use torch.compile; auto: if it saves more time than compiling takes")
+    compile: Switch = Field("auto", description="use torch.compile; auto: only if it saves more time than it takes")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

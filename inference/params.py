@@ -27,7 +27,7 @@ class SamplingParams(Params):
     """How tokens are sampled, and where the text ends."""
 
     max_new_tokens: Count = 200
-    """most tokens to generate for each prompt or turn; may exceed the training context (block_size)"""
+    """maximum number of tokens to generate for each prompt or turn; may exceed the training context (block_size)"""
     num_samples: Annotated[int, Field(ge=1, le=10_000)] = 1
     """number of continuations of each prompt; the prompt is processed once for all of them"""
     stop: tyro.conf.UseAppendAction[tuple[StopString, ...]] = ()
@@ -45,7 +45,8 @@ class SamplingParams(Params):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """values above 1 make tokens that already occur in the text less likely; 1: off"""
     seed: int = 0
-    """random seed of sampling; the same seed and prompt give the same text for any batch, chunk and cache"""
+    """random seed of sampling; the same seed and prompt give the same text whatever the batch, chunk and cache,
+    rounding aside"""
 
 
 class CacheParams(Params):
@@ -56,11 +57,12 @@ class CacheParams(Params):
     whole text for every token"""
     cache_dtype: Literal["as-dtype", "int8"] = "as-dtype"
     """dtype of the KV cache. as-dtype: that of the weights; int8: 8-bit keys and values with scales, about half the
-    memory, slightly different logits"""
+    memory of bfloat16, slightly different logits"""
     chunk: Count = 512
-    """prefill chunk: prompt tokens per forward pass; smaller chunks need less memory and do not change the text"""
+    """prefill chunk: prompt tokens per forward pass; smaller chunks need less memory; the text is the same, rounding
+    aside"""
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = 8192
-    """in a conversation: most tokens, yours and the model's together, that full-attention layers can hold"""
+    """in a conversation: number of tokens, yours and the model's together, that full-attention layers have room for"""
 
 
 class ModelParams(Params):
@@ -78,9 +80,10 @@ class ModelParams(Params):
     device: str = "auto"
     """device to run on: auto, cpu, cuda or mps"""
     dtype: DType = "auto"
-    """dtype of weights and KV cache"""
+    """dtype of weights and KV cache; auto: bfloat16 where the hardware multiplies it natively, else float32"""
     weights: Literal["as-dtype", "int8"] = "as-dtype"
-    """dtype of weight matrices. int8: 8 bits with a scale per row; half the memory traffic, slightly other logits"""
+    """dtype of weight matrices. int8: 8 bits with a scale per row; half the memory traffic of
+    bfloat16, slightly different logits"""
     compile: Switch = "auto"
     """compile the layers for decoding: takes seconds, then runs two to four times as fast; auto: compile if enough
     tokens are generated to save time overall"""

@@ -17,34 +17,36 @@ class NetworkShape(Section):
     block_size: int = Field(256, ge=1, description="training context in tokens")
     n_layer: int = Field(6, ge=1, description="number of layers")
     loops: int = Field(
-        1, ge=1, description="times the whole stack of layers is applied, with the same weights (looped depth)"
+        1, ge=1, description="number of times the stack of layers is applied, with the same weights (looped depth)"
     )
     n_head: int = Field(6, ge=1, description="query heads per layer")
     n_kv_head: int | None = Field(
-        None, ge=1, description="KV heads per layer: n_head is MHA, 1 is MQA, between is GQA; none: n_head"
+        None, ge=1, description="KV heads per layer: n_head is MHA, 1 is MQA, anything between is GQA; none: n_head"
     )
     n_embd: int = Field(384, ge=1, description="width of the residual stream")
     head_dim: int | None = Field(None, ge=1, description="width of a head; none: n_embd / n_head")
     pattern: str = Field(
         "full",
-        description='mixer of each layer, tiled over depth: "full", "swa*5 full", "(kda*3 mla)*2", or the ratio "5:1"',
+        description='mixer of each layer, repeated over the depth: "full", "swa*5 full", "(swa*3 linear)*2 full", or '
+        'the ratio "5:1" of swa to full',
     )
 
-    norm: NormName = Field(
-        "rmsnorm", description="norm around each sublayer; rmsnorm+1 multiplies by 1 + weight, as Gemma does"
-    )
+    norm: NormName = Field("rmsnorm", description="kind of norm; rmsnorm+1 multiplies by 1 + weight, as in Gemma")
     norm_place: Literal["pre", "post", "sandwich"] = Field(
-        "pre", description="norm before each sublayer, after it (inside the residual branch), or both"
+        "pre",
+        description="norm before each sublayer (pre), after it in the residual branch (post), or both",
     )
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
     mlp: MLPName = Field("swiglu", description="kind of MLP")
     mlp_width: int | None = Field(
-        None, ge=1, description="hidden width of the MLP; none: 4 n_embd, gated MLPs 8/3 n_embd rounded up to 64"
+        None,
+        ge=1,
+        description="hidden width of the MLP; none: 4 n_embd; if gated, 8/3 n_embd rounded up to a multiple of 64",
     )
     bias: bool = Field(False, description="biases in linear layers and layernorms")
     tie_embeddings: bool = Field(True, description="lm_head shares the weights of wte")
     scale_embeddings: bool = Field(False, description="multiply embeddings by sqrt(n_embd)")
-    logit_softcap: float | None = Field(None, gt=0, description="c: output logits become c tanh(logits / c)")
+    logit_softcap: float | None = Field(None, gt=0, description="soft-cap c: output logits become c tanh(logits / c)")
     init_std: float | None = Field(
         0.02, gt=0, description="standard deviation of initial weight matrices in layers; none: 1 / sqrt(fan_in)"
     )
@@ -54,8 +56,8 @@ class NetworkShape(Section):
     )
     omits: str | None = Field(
         None,
-        description="components of the published model that this config omits; if set, parameter and FLOP counts are "
-        "not reported",
+        description="in a preset: components of the published model that the config leaves out; if set, parameter and "
+        "FLOP counts are not reported",
     )
 
     def own(self, word: str, settings: type[S]) -> S:

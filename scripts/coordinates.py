@@ -1,7 +1,7 @@
 """Coordinate check: does a learning rate transfer across widths?  python -m scripts.coordinates configs/demo.toml
 
-Networks of several widths, with a fixed head_dim, take a few optimizer steps at the config's full learning rates, in
-float32 on the CPU; then the change of each module's output on a fixed batch is reported (2203.03466). If the change
+Networks of several widths, with a fixed head_dim, take a few optimizer steps at the config's peak learning rates, in
+float32 on the CPU. Then the change of each module's output on a fixed batch is reported (muP, arXiv 2203.03466). If it
 grows with the width (exponent above 0), a learning rate tuned on a narrow network may be too high for a wide one.
 """
 

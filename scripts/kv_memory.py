@@ -35,7 +35,7 @@ class Options:
     """Size of the KV cache by context length, compared with the same model without GQA or without windows."""
 
     config: tyro.conf.Positional[Path | None] = None
-    """config file of the model (default: a 7 B model with 8 KV heads and 5:1 windows of 1024 tokens)"""
+    """config file of the model (default: a 7B model with 8 KV heads, pattern 5:1 and windows of 1024 tokens)"""
     n_layer: int | None = None
     """number of layers (default: as in the config)"""
     n_embd: int | None = None
@@ -54,7 +54,7 @@ class Options:
     """attention sinks: first tokens that sliding layers keep in their cache (default: as in the config)"""
 
     context: Count | None = None
-    """context length of the summary line, in tokens (default: 32768, or block_size with learned positions)"""
+    """context length for the line above the table, in tokens (default: 32768, or block_size with learned positions)"""
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "int8"], AfterValidator(long_dtype)
     ] = "bfloat16"

@@ -1,6 +1,6 @@
 """Draw the attention mask of each kind of layer:  python -m scripts.masks configs/presets/gemma3-tiny.toml
 
-For a trained run, the attention weights on a text are drawn below, averaged over the heads and layers of each kind:
+For a trained run, its attention weights on a text are drawn below the masks, averaged over heads and layers of a kind:
 python -m scripts.masks --run runs/shakespeare --to masks.png
 """
 
@@ -43,7 +43,7 @@ class Options:
     run: Path | None = None
     """directory of a run; its attention weights are drawn too"""
     tokens: Annotated[int, Field(ge=2, le=2048)] = 64
-    """size of the masks, in tokens"""
+    """number of queries and of keys in each mask, in tokens"""
     text: str = TEXT
     """with --run: text to draw the attention weights for, cut to --tokens tokens"""
     to: Path = Path("runs/masks.png")

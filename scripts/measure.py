@@ -1,4 +1,7 @@
-"""Measure speed and memory of generating from a run, in a separate process:  python -m scripts.measure runs/demo/gqa"""
+"""Measure speed and memory of generating text from a run:  python -m scripts.measure runs/demo/gqa
+
+Batch size 1, a prompt of block_size tokens (fewer with learned positions). Writes measured.json into the run directory.
+"""
 
 import statistics
 import time

@@ -1,7 +1,7 @@
 """Estimate the memory of a training step:  python -m scripts.memory configs/gpt2.toml --batch-size 8
 
-Nothing is allocated and no data is read: the step runs on meta tensors, with CPU kernels. On CUDA the kernels need
-other workspaces, and the allocator reserves more than the live tensors.
+Nothing is allocated and no data is read: the step runs on fake tensors, with CPU kernels. On CUDA, kernels need
+different amounts of workspace, and the allocator reserves more memory than the live tensors occupy.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Write the demo's table into README.md from its finished runs:  python -m scripts.readme
+"""Write the table of the demo's finished runs into README.md:  python -m scripts.readme
 
 It replaces everything between the markers <!-- demo --> and <!-- /demo -->. Run `python -m scripts.demo` first.
 """

@@ -22,30 +22,42 @@ class AttentionSettings(NetworkShape):
 
     window: Annotated[int, Field(ge=1)] | tuple[int, ...] | None = Field(
         None,
-        description="keys that a query of an swa layer attends to, itself included; a list is tiled over swa layers",
+        description="keys that a query in an swa layer attends to, itself included; a list repeats over the swa layers",
     )
     head_windows: tuple[int, ...] = Field(
-        (), description="windows of the heads of mswa layers, one per equal share of the KV heads"
+        (), description="windows in mswa layers, in tokens: the KV heads are split into equal groups, one per window"
     )
     window_everywhere: int | None = Field(
-        None, ge=1, description="window of every layer, full ones too: to decode a trained model through a window"
+        None,
+        ge=1,
+        description="window of all layers, full ones too, in tokens: to decode a trained model through a window",
     )
-    n_sink: int = Field(0, ge=0, description="first tokens that stay visible in sliding layers whatever the window")
+    n_sink: int = Field(
+        0, ge=0, description="attention sinks: first tokens that stay visible in sliding layers outside the window"
+    )
 
     global_tokens: tuple[int, ...] = Field(
-        (), description="positions that swa layers attend to from everywhere, and that attend to all earlier ones"
+        (),
+        description="in swa layers: positions that all later queries attend to, and that attend to all earlier keys",
     )
     n_random: int = Field(
-        0, ge=0, lt=64, description="random past blocks, each a window long, per block of queries of swa layers"
+        0,
+        ge=0,
+        lt=64,
+        description="in swa layers: number of past blocks, each a window long, drawn at random for each block of "
+        "queries",
     )
     sparse_block: int | None = Field(
-        None, ge=1, description="stride of strided and fixed layers, block size of star layers, in tokens"
+        None, ge=1, description="in tokens: stride and window of strided layers, block size of fixed and star layers"
     )
     n_summary: int | None = Field(
-        None, ge=1, description="last columns of each block that all later queries of fixed layers attend to"
+        None, ge=1, description="in fixed layers: last keys of each block, which all later queries attend to"
     )
     star_context: int | None = Field(
-        None, ge=0, description="context length of star layers in tokens: later queries attend to everything"
+        None,
+        ge=0,
+        description="in star layers: queries before this position attend to the first block and their own, later "
+        "ones to all keys",
     )
 
     position: Position | dict[str, Position] = Field(
@@ -56,32 +68,41 @@ class AttentionSettings(NetworkShape):
         1.0, description="share of each head that RoPE rotates, its first channels; or a table by kind of layer"
     )
     rope_scaling: Scaling | dict[str, Scaling] = Field(
-        "none", description="RoPE context extension: linear, yarn, llama3; or a table by kind of layer"
+        "none",
+        description="RoPE scaling for longer contexts: none, linear, yarn, llama3; or a table by kind of layer",
     )
     rope_factor: float | dict[str, float] = Field(
         1.0, description="factor by which rope_scaling extends the context; or a table by kind of layer"
     )
     rope_in_cache: bool = Field(
-        False, description="sliding layers rotate keys by place in the cache, as StreamingLLM, not by position"
+        False,
+        description="sliding layers rotate keys by place in the cache, as in StreamingLLM, instead of by position",
     )
-    rope_trained: int | None = Field(None, ge=1, description="original context in tokens, for yarn and llama3")
-    rope_whole_ramp: bool = Field(False, description="round the ends of YaRN's ramp to whole channels, as transformers")
+    rope_trained: int | None = Field(
+        None,
+        ge=1,
+        description="for yarn and llama3: context before the extension, in tokens",
+    )
+    rope_whole_ramp: bool = Field(False, description="round YaRN's ramp to whole channels, as transformers does")
 
     qk_norm: bool = Field(True, description="RMSNorm on queries and keys")
     qk_norm_over: Literal["head", "projection"] = Field(
         "head", description="qk_norm normalises each head, or the projection of all heads together"
     )
-    attn_scale: float | None = Field(None, gt=0, description="factor of attention scores; none: 1 / sqrt(head_dim)")
-    attn_softcap: float | None = Field(None, gt=0, description="c: attention scores become c tanh(scores / c)")
+    attn_scale: float | None = Field(None, gt=0, description="scale of attention scores; none: 1 / sqrt(head_dim)")
+    attn_softcap: float | None = Field(None, gt=0, description="soft-cap c: attention scores become c tanh(scores / c)")
     sink_logit: bool = Field(False, description="a learned logit per head in the denominator of the softmax")
     attn_gate: Literal["none", "head", "channel"] = Field(
         "none", description="sigmoid gate on the attention output, one number per head or per channel"
     )
     attn_bias: Literal["qkv", "all"] | None = Field(
-        None, description="biases in attention alone: qkv, or all (output too); none: as bias says"
+        None,
+        description="biases of attention alone, on q, k, v (qkv) or on the output too (all); none: as bias says",
     )
     kernel: KernelName = Field(
-        "auto", description="attention kernel without a cache: sdpa, tiles, amx, flex, masked; auto: the fastest"
+        "auto",
+        description="attention kernel; auto: the one expected to be fastest; over a cache, masked replaces one that "
+        "cannot be used there",
     )
 
     def per_kind(self, key: str, kind: str) -> Any:

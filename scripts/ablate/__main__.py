@@ -1,6 +1,7 @@
 """Run an ablation study and write its report:  python -m scripts.ablate configs/ablations/window.toml
 
-Re-running the command resumes a study that was interrupted or killed, and retries cells that failed.
+A cell is one variant trained with one seed. Re-running the command resumes a study that was interrupted or killed, and
+retries cells that failed.
 """
 
 import re
@@ -36,7 +37,7 @@ class Options:
     dry_run: bool = False
     """list the cells with their estimated time and memory, without running anything"""
     jobs: Count = 1
-    """number of cells to run at the same time: spread over the GPUs, or sharing the threads of a CPU"""
+    """number of cells to run at the same time, spread over the GPUs or sharing the CPU's threads"""
     shard: str = "1/1"
     """i/n: run only part i of n of the cells, for example as one task of a job array on a cluster"""
     out: Path | None = None

@@ -35,11 +35,11 @@ class Options(Measured):
     head_dim: Count = 64
     """width of an attention head"""
     n_kv_head: Count = 2
-    """number of KV heads in the row `window gqa sinks`"""
+    """number of KV heads in the table's row `window gqa sinks`"""
     n_sink: Natural = 4
-    """number of attention sinks in the row `window gqa sinks`"""
+    """number of attention sinks in the table's row `window gqa sinks`"""
     mask_up_to: int = 4096
-    """longest context, in tokens, at which a window mask on torch's fused kernel is timed too; 0: never"""
+    """up to this context length in tokens, also time the window as a mask in torch's fused attention; 0: never"""
     plot: Path | None = None
     """file for a plot of time and memory against context length"""
 

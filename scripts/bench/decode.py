@@ -41,7 +41,7 @@ class Options(Measured):
     """tokens in the cache when timing starts; the cache is filled with random keys instead of by a prefill, which
     does not change the speed of decoding"""
     new_tokens: Annotated[int, Field(ge=WARM_UP)] = 64
-    """tokens to decode after that"""
+    """tokens to decode from each of these lengths"""
     variants: tuple[Variant, ...] = ("mha", "gqa", "swa", "gqa+swa", "sliding")
     """kinds of attention. mha: full attention; gqa: fewer KV heads; swa: five sliding layers per full layer; gqa+swa:
     both; sliding: all layers sliding"""

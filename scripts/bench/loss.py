@@ -29,7 +29,7 @@ class Options(Measured):
 
 
 def loss(options: Options) -> None:
-    """Time the chunked cross-entropy against F.cross_entropy and torch's linear_cross_entropy."""
+    """Time Sash's chunked cross-entropy against F.cross_entropy and F.linear_cross_entropy."""
     runtime = resolve(options.device, options.dtype)
     n, C, V = options.batch_size * options.block_size, options.n_embd, options.vocab_size
     x = torch.randn(n, C, device=runtime.device, requires_grad=True)

@@ -75,7 +75,7 @@ class Candidate:
 
 
 def train(options: Options) -> None:
-    """Time training steps of each implementation."""
+    """Time a training step of Sash, and of the implementations given by --peer."""
     runtime = resolve(options.device, options.dtype, options.compile)
     given = {key: getattr(options, key) for key in ("block_size", "pattern", "window")}
     overrides: dict[str, Any] = {"model": {key: value for key, value in given.items() if value is not None}}

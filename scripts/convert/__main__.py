@@ -54,7 +54,7 @@ class Import:
 
 
 def export(options: Export) -> None:
-    """Write the exported directory, atomically."""
+    """Export a run to a new directory that transformers can load; it appears complete or not at all."""
     model, tokenizer = RunDir.of(options.run).load(options.run, options.checkpoint)
     config = model.config
     family = fitting(config)
@@ -72,7 +72,7 @@ def export(options: Export) -> None:
 
 
 def import_(options: Import) -> None:
-    """Create the imported run, atomically."""
+    """Import a transformers model as a new run; it appears complete or not at all."""
     source = options.directory
     values = directory.read_config(source)
     family = of_type(values)

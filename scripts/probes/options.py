@@ -27,28 +27,29 @@ class Options:
     recall: bool = False
     """measure recall accuracy by distance, for runs trained with data.text = recall; writes recall_by_distance.json"""
     attention_to_first: Count | None = None
-    """measure the mean attention probability on this many first tokens of a context, by layer"""
+    """measure the share of attention that later tokens pay to this many first tokens of a context, by layer"""
 
     context: Count | None = None
     """context length in tokens (default: block_size)"""
     stride: Count | None = None
     """tokens between the starts of two contexts; each token is scored once (default: the context length, no overlap)"""
     tokens: Count | Literal["all"] | None = None
-    """most tokens to predict, or all (default: as many as training evaluates)"""
+    """maximum number of tokens to predict, or all (default: as many as training evaluates)"""
     text: str | None = None
     """text to evaluate on, a name or a path (default: the run's validation split)"""
 
     window: Count | None = None
     """with --stream: decode with this window, in tokens, in every layer (default: as trained)"""
     n_sink: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
-    """with --window: number of attention sinks, first tokens that stay visible; several numbers give several streams"""
+    """with --window: number of attention sinks, first tokens that stay visible; one stream for each number
+    given"""
     length: Count | None = None
     """with --stream: tokens to predict (default: the whole text)"""
     samples: Count = 512
     """with --stream: number of tokens, spread over the stream, that are also predicted from a recomputed window"""
 
     checkpoint: Literal["best", "latest"] = "best"
-    """checkpoint of the run to evaluate; the losses in summary.json are those of the latest"""
+    """checkpoint of the run to evaluate; summary.json has the losses of the latest one"""
     plot: bool = False
     """also draw the curves, as PNG files next to their JSON files"""
     json: bool = False
