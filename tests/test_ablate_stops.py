@@ -41,6 +41,7 @@ def when_at(step: int, run: Path, act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_signal_loses_no_step_and_the_repetition_equals_an_undisturbed_study(write_study, request, capsys):
     file = write_study(train=LONG, seeds=[1], variants={"wide": {"model": {"window": 9}}})
@@ -116,6 +117,7 @@ def test_a_stopped_study_of_several_jobs_saves_all_that_run(write_study, one_thr
         assert 30 <= RunDir(cell.path).latest().step == runner.last_step(cell.path) < 4000
 
 
+@pytest.mark.slow
 @on_linux
 def test_a_cell_killed_alone_is_a_failure_that_says_so(write_study, one_thread):
     file = write_study(train=LONG, seeds=[1], variants={"wide": {"model": {"window": 9}}})

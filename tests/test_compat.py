@@ -53,6 +53,7 @@ def test_a_finished_run_decodes_greedily_as_then(program):
     assert json.loads(ended.out)["tokens"] == expected["tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured")
 def test_an_unfinished_run_resumes(folder, capsys):
     shutil.copytree(COMPAT / "unfinished", folder / "runs" / "old")

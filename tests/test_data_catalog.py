@@ -46,6 +46,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+@pytest.mark.slow
 def test_pydocs_is_some_megabytes_of_documentation_in_an_order_that_stays():
     found = documents(open_text("pydocs"))
     assert sum(len(text) for text in found) > 1_500_000
@@ -107,6 +108,7 @@ if True:
     ]
 
 
+@pytest.mark.slow
 def test_importing_loads_none_of_the_libraries_that_some_machines_lack():
     code = "import sys, data.prepare; print([m for m in ('datasets', 'tokenizers', 'pyarrow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)

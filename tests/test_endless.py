@@ -133,6 +133,7 @@ def resident_after(counts: list[int], model) -> list[int]:
     return sizes
 
 
+@pytest.mark.slow
 def test_process_memory_does_not_grow_with_the_text():
     after_1k, after_3k = resident_after([1000, 3000], sliding(n_sink=1).float())
     assert after_3k - after_1k < 0.01 * after_1k  # a machine short of memory may take some back

@@ -43,7 +43,7 @@ def test_statistics_go_to_standard_error(say, runs):
     assert decode.startswith("decode 29 tokens at ")
     assert decode.endswith(" GB/s of weights and cache")
     config = RunDir(runs / "sliding").config().model
-    sliding, full = (spec.cache_bytes(35, 4) for spec in config.layers)
+    sliding, full = (spec.cache_bytes(35, torch.float32) for spec in config.layers)
     assert sliding + full == cost.cache_bytes(config, 35, dtype=torch.float32)
     assert cache == f"cache {sliding + full:,} bytes: swa {sliding:,}, full {full:,}"
     assert memory.startswith("peak memory ")

@@ -233,7 +233,7 @@ def test_a_forward_holds_what_it_is_said_to(rows, heads, kv_heads, T, n, window,
     assert said == pytest.approx(found.bytes - out.nbytes, rel=0.2)  # oneDNN takes some for itself
 
 
-@pytest.mark.parametrize("T", [2048, 4096])
+@pytest.mark.parametrize("T", [2048, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_window_of_one_text_holds_no_more_than_fused_full_attention(dtype, T):
     heads, threads = 8, torch.get_num_threads()

@@ -23,6 +23,7 @@ def token_by_token(model: GPT, ids: Tensor) -> Tensor:
     return -logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
 
 
+@pytest.mark.slow
 @given(
     window=st.integers(1, 12),
     n_sink=st.integers(0, 5),

@@ -67,6 +67,7 @@ def test_learning_from_a_page_of_blanks_does_not_take_forever():
     assert time.process_time() - start < 5
 
 
+@pytest.mark.slow
 def test_learned_bpe_encodes_as_the_library_that_learned_it():
     documents = list(pydocs.documents())
     corpus = documents[:40]
