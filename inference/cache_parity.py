@@ -17,7 +17,7 @@ from model.gpt import GPT
 class Parity:
     """Difference of cached and uncached logits, over all positions of all texts."""
 
-    difference: float  # largest absolute difference of a logit
+    difference: float  # largest absolute difference of a logit; nan if any logit is
     largest: float  # largest absolute logit
     n_same: int  # positions with the same most likely token
     n_positions: int
@@ -30,12 +30,13 @@ def cache_parity(
     """Compare texts decoded as one batch, prompts in chunks and the rest token by token, with each text in one pass."""
     device = model.lm_head.weight.device
     cached = _decoded_together(model, texts, n_prompt, rolling, chunk)
-    difference = largest = n_same = 0
+    differences, sizes, n_same = [], [], 0
     for text, logits in zip(texts, cached, strict=True):
         plain = model(torch.tensor([text], device=device))[0]  # (T, V)
-        difference = max(difference, (logits - plain).abs().max().item())
-        largest = max(largest, plain.abs().max().item())
+        differences.append((logits - plain).abs().max())
+        sizes.append(plain.abs().max())
         n_same += int((logits.argmax(dim=1) == plain.argmax(dim=1)).sum())
+    difference, largest = (torch.stack(x).max().item() for x in (differences, sizes))  # Python's max would drop a nan
     return Parity(difference=difference, largest=largest, n_same=n_same, n_positions=sum(map(len, texts)))
 
 

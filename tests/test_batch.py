@@ -1,5 +1,6 @@
 """A batch of prompts of different lengths against each of them alone, whatever the chunks and the dtype."""
 
+import math
 from itertools import islice
 
 import pytest
@@ -100,3 +101,10 @@ def test_chunks_count_the_real_tokens_of_each_row():
     idx, lengths = pad_right([[5, 6, 7, 8, 9], [8], [9, 10]], torch.device("cpu"))
     parts = [(part.shape[1], here.tolist()) for part, here in chunks(idx, lengths, 2)]
     assert parts == [(2, [2, 1, 2]), (2, [2, 0, 0]), (1, [1, 0, 0])]
+
+
+def test_a_logit_that_is_no_number_is_no_parity():
+    model = network(MODELS["5:1"])
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    assert math.isnan(cache_parity(model, texts(), LENGTHS).difference)
