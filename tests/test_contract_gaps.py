@@ -21,6 +21,7 @@ from model.errors import UserError
 from model.gpt import GPT
 from model.mixers import MIXERS
 from model.mixers.attention import Attention
+from model.mixers.base import Mixer
 from model.mixers.linear import LinearAttention, LinearSpec
 from model.mixers.multi_window import MultiWindowAttention
 from training.estimate import train_peak
@@ -212,6 +213,14 @@ def test_activation_checkpointing_changes_no_gradient(word, loops):
     assert aux.values["size"] == plain_aux.values["size"] > 0
     for name in plain:
         assert_equal(recomputed[name], plain[name], 1e-12)
+
+
+def test_a_mixer_without_a_part_of_the_contract_is_an_error_when_it_is_built():
+    class Stateless(LinearAttention):
+        new_cache = Mixer.new_cache  # abstract again
+
+    with pytest.raises(TypeError, match="new_cache"):
+        Stateless(tiny_config(pattern="linear").layers[0])
 
 
 # Optimizer groups.

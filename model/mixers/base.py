@@ -4,7 +4,7 @@ A mixer is one file: a spec (frozen numbers), a module, and, where it has settin
 [model.WORD]. One line in the table of model/mixers/__init__.py makes it known. docs/add-a-mixer.md shows how.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -52,7 +52,7 @@ class MixerSpec(Protocol):
         """Bytes of state that one sequence reads to decode its tokens start to stop - 1."""
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """(B, T, C) -> (B, T, C), mixing tokens. State lives in the cache, never on the module."""
 
     Settings: ClassVar[type[Section] | None] = None  # the class of [model.WORD], where it has settings of its own
