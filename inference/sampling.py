@@ -159,14 +159,9 @@ def stream(
             logits = model(prompt, lengths=None if lengths is None else n_real, last_only=True)[:, -1]
         else:
             logits = model(token[:, None], cache=cache)[:, -1]
-            if decodes_compiled(model):
+            if model.compiled_decode is not None:
                 draw = compiled(Sampler.next)
         pos = pos + 1
-
-
-def decodes_compiled(model: GPT) -> bool:
-    """Whether single tokens are decoded with compiled layers."""
-    return model.compiled_decode is not None
 
 
 def _note(seen: Tensor, prompt: Tensor, lengths: Tensor | None) -> None:

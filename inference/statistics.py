@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 
-from inference.sampling import decodes_compiled
 from model.cache import Cache
 from model.cost import read_bytes, step_bytes
 from model.device import Runtime
@@ -19,7 +18,7 @@ class GenerationStatistics:
     def __init__(self, model: GPT, cache: Cache | None, runtime: Runtime, *, n_samples: int = 1, rolling: bool = True):
         """`cache` is the cache of the prompt, before it is copied for each sample."""
         self._config, self._runtime, self._n_samples, self._rolling = model.config, runtime, n_samples, rolling
-        self._model, self._warms_up = model, decodes_compiled(model) and cache is not None
+        self._model, self._warms_up = model, model.compiled_decode is not None and cache is not None
         self._cache_dtype = None if cache is None else cache.dtype
         self.cache_bytes: dict[str, int] = {}  # by kind of layer
         for spec, layer in zip(
