@@ -140,7 +140,11 @@ def _fields(options: type, defaults: Any) -> Iterator[StructFieldSpec]:
         default = MISSING if field.is_required() else field.get_default(call_default_factory=True)
         if isinstance(defaults, options):
             default = getattr(defaults, name)
-        yield StructFieldSpec(name=name, type=_type(field), default=default, helptext=_help(options, name))
+        help = _help(options, name)
+        kind = _type(field)
+        if default is None and "(default: " in (help or ""):  # the text says what None stands for
+            kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
+        yield StructFieldSpec(name=name, type=kind, default=default, helptext=help)
 
 
 def _type(field: FieldInfo) -> Any:
