@@ -117,8 +117,8 @@ def read(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint: state.json cannot be read ({error})") from None
-    damaged = UserError(f"{path} is no checkpoint: state.json is damaged")
+        raise UserError(f"{path} is not a checkpoint: state.json cannot be read ({error})") from None
+    damaged = UserError(f"{path} is not a checkpoint: state.json is damaged")
     if not isinstance(state, dict):
         raise damaged
     if state.get("format") != FORMAT:

@@ -43,7 +43,7 @@ class RunDir:
         """The run that `path`, its directory or one of its checkpoints, belongs to. UserError if it is neither."""
         run = cls(path.parent.parent if path.parent.name == "checkpoints" else path)
         if not run.exists():
-            raise UserError(f"{path} is no run: it has no config.json")
+            raise UserError(f"{path} is not a run: it has no config.json")
         return run
 
     def load(self, path: Path, which: str = "best") -> tuple[GPT, Tokenizer]:
@@ -64,7 +64,7 @@ class RunDir:
         """All of config.json: the config, and the versions, device, commit and data hash of the run."""
         file = self.path / "config.json"
         if not self.exists():
-            raise UserError(f"{self.path} is no run directory: it has no config.json")
+            raise UserError(f"{self.path} is not a run directory: it has no config.json")
         facts = read_json(file)
         if not isinstance(facts.get("config"), dict) or "data" not in facts:
             raise UserError(f"{file} is damaged: it does not say config and data")
@@ -125,7 +125,7 @@ class RunDir:
     def begin(self, config: RunConfig, facts: dict[str, Any]) -> None:
         """Write config.json, which makes the directory a run."""
         if self.path.exists() and not self.exists() and any(map(_is_foreign, self.path.iterdir())):
-            raise UserError(f"{self.path} exists and is no run: give another --name")
+            raise UserError(f"{self.path} exists and is not a run: give another --name")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
         write_json(self.path / "config.json", {"config": config.model_dump(mode="json"), **facts})

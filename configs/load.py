@@ -97,7 +97,7 @@ def _explain(schema: type, key: tuple[str, ...], error: Any) -> str:
 def _section_at(schema: type, key: tuple[str, ...]) -> type[Section]:
     for part in key:
         nested = section_of(schema, part)
-        assert nested is not None, f"{part} is no section of {schema}"
+        assert nested is not None, f"{part} is not a section of {schema}"
         schema = nested
     return schema
 

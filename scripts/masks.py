@@ -60,7 +60,8 @@ class Options:
 def masks(options: Options) -> None:
     """Save the figure and print the number of visible pairs for each kind of layer."""
     if (options.config is None) == (options.run is None):
-        raise UserError("give either a config or --run, not both: see --help")
+        given = "neither was" if options.config is None else "both were"
+        raise UserError(f"a config and --run exclude each other, and {given} given: give one of them")
     if options.run is None:
         T, paid = options.tokens, {}
         layers = load(options.config).model.layers

@@ -230,7 +230,7 @@ def test_a_checkpoint_that_is_being_removed_is_none(tmp_path, monkeypatch, saved
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.remove(saved)
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.read(saved)
 
 
@@ -298,7 +298,7 @@ def test_a_damaged_tensor_file_is_refused_by_its_name(saved, damage, name):
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "missing"])
 def test_a_damaged_state_is_refused(saved, damage):
     DAMAGES[damage](saved / "state.json")
-    assert refusal(saved).startswith(f"{saved} is no checkpoint: state.json cannot be read (")
+    assert refusal(saved).startswith(f"{saved} is not a checkpoint: state.json cannot be read (")
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "7", '"state"', '{"format": 1}', '{"format": 1, "sha256": []}'])
@@ -322,7 +322,7 @@ def test_a_flipped_bit_anywhere_in_the_state_is_refused(saved):
 
 
 def test_a_directory_without_a_state_is_no_checkpoint(tmp_path):
-    assert refusal(tmp_path).startswith(f"{tmp_path} is no checkpoint: state.json cannot be read (")
+    assert refusal(tmp_path).startswith(f"{tmp_path} is not a checkpoint: state.json cannot be read (")
 
 
 def test_another_format_is_refused_with_both_numbers(saved):

@@ -146,7 +146,7 @@ def test_nothing_that_exists_is_overwritten(exported, name, tmp_path, program):
     program(convert.main, "import", tmp_path / "nowhere", "--to", tmp_path / "x").assert_refused(
         "nowhere is not a model"
     )
-    program(convert.main, "export", tmp_path / "nowhere", "--to", tmp_path / "x").assert_refused("nowhere is no run")
+    program(convert.main, "export", tmp_path / "nowhere", "--to", tmp_path / "x").assert_refused("nowhere is not a run")
 
 
 @pytest.mark.parametrize("name", ["Llama"])

@@ -96,7 +96,7 @@ def test_what_cannot_be_gets_a_line(program, run_copy, wrong, said):
 
 def test_the_line_begins_with_the_name_of_the_program(tmp_path):
     ended = run_program("-m", "scripts.evaluate", tmp_path / "nowhere")
-    assert (ended.code, ended.err) == (2, f"evaluate.py: {tmp_path / 'nowhere'} is no run: it has no config.json\n")
+    assert (ended.code, ended.err) == (2, f"evaluate.py: {tmp_path / 'nowhere'} is not a run: it has no config.json\n")
 
 
 def test_learned_positions_cannot_be_left(program, tmp_path):

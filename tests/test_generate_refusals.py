@@ -87,12 +87,12 @@ def test_a_character_that_the_tokenizer_cannot_write_is_refused(program, tmp_pat
 
 @pytest.mark.parametrize("path", ["nowhere", "full/config.json", "full/checkpoints"])
 def test_a_path_that_is_no_run_is_refused(say, path):
-    say(path).assert_refused(f"{path} is no run: it has no config.json")
+    say(path).assert_refused(f"{path} is not a run: it has no config.json")
 
 
 @pytest.mark.parametrize("path", ["full/checkpoints/best", "full/checkpoints/step_00000099"])
 def test_a_path_that_is_no_checkpoint_is_refused(say, path):
-    say(path).assert_refused(f"{path} is no checkpoint: state.json cannot be read")
+    say(path).assert_refused(f"{path} is not a checkpoint: state.json cannot be read")
 
 
 def test_a_run_without_a_checkpoint_is_refused(program, tmp_path):
@@ -109,7 +109,10 @@ SPOILED = {
         "model.safetensors is missing or dam",
     ),
     "missing": (lambda run, step: (step / "model.safetensors").unlink(), "model.safetensors is missing or damaged"),
-    "state": (lambda run, step: (step / "state.json").write_text("{"), "is no checkpoint: state.json cannot be read"),
+    "state": (
+        lambda run, step: (step / "state.json").write_text("{"),
+        "is not a checkpoint: state.json cannot be read",
+    ),
     "tokenizer": (lambda run, step: (run / "tokenizer.json").write_text("{"), "tokenizer.json: damaged"),
     "no tokenizer": (lambda run, step: (run / "tokenizer.json").unlink(), "the tokenizer cannot be read"),
     "config": (lambda run, step: (run / "config.json").write_text("{"), "config.json is damaged"),

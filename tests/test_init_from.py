@@ -91,4 +91,4 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path, text, first, program
 
 def test_what_is_no_run_is_refused(tmp_path, text, program):
     (tmp_path / "empty").mkdir()
-    refused(program, tmp_path, text, tmp_path / "empty", f"{tmp_path}/empty is no run: it has no config.json")
+    refused(program, tmp_path, text, tmp_path / "empty", f"{tmp_path}/empty is not a run: it has no config.json")

@@ -65,11 +65,11 @@ def test_what_a_run_pays_is_drawn_too(design, tmp_path, program):
 
 
 def test_what_cannot_be_drawn_is_one_line(tmp_path, program):
-    program(masks.main).assert_refused("give either a config or --run")
+    program(masks.main).assert_refused("a config and --run exclude each other, and neither was given: give one of them")
     program(masks.main, "configs/demo.toml", "--tokens", 1).assert_refused("--tokens (1) must be at least 2")
     program(masks.main, "configs/demo.toml", "--to", "a.bmp").assert_refused(
         "--to (a.bmp) must end in .png, .svg or .pdf"
     )
-    program(masks.main, "--run", tmp_path).assert_refused("is no run")
+    program(masks.main, "--run", tmp_path).assert_refused("is not a run")
     save_run(tmp_path / "run")
     program(masks.main, "--run", tmp_path / "run", "--text", "a").assert_refused("--text has 1 tokens")

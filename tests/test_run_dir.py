@@ -53,7 +53,7 @@ def test_a_directory_of_something_else_is_left_alone(config):
     (config.path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError) as error:
         RunDir(config.path).begin(config, {"data": "da7a"})
-    assert str(error.value) == f"{config.path} exists and is no run: give another --name"
+    assert str(error.value) == f"{config.path} exists and is not a run: give another --name"
     assert [file.name for file in config.path.iterdir()] == ["thesis.tex"]
 
 
@@ -69,7 +69,7 @@ def test_another_path_is_no_run(begun, path):
     path = begun.path.parent / path
     with pytest.raises(UserError) as error:
         RunDir.of(path)
-    assert str(error.value) == f"{path} is no run: it has no config.json"
+    assert str(error.value) == f"{path} is not a run: it has no config.json"
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"config"', "[1]"])

@@ -72,7 +72,7 @@ def test_measuring_nothing_is_refused(program, runs, wrong):
 
 
 def test_measuring_what_is_no_run_is_refused(program, tmp_path):
-    program(measure.main, tmp_path / "nowhere").assert_refused("nowhere is no run: it has no config.json")
+    program(measure.main, tmp_path / "nowhere").assert_refused("nowhere is not a run: it has no config.json")
 
 
 # report

@@ -180,7 +180,9 @@ def test_the_advice_for_damaged_tokens_works(tmp_path, program, prepared):
 def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path, text, program):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
-    program(train.main, *command_line(tmp_path, text)).assert_refused("run exists and is no run: give another --name")
+    program(train.main, *command_line(tmp_path, text)).assert_refused(
+        "run exists and is not a run: give another --name"
+    )
     assert content(tmp_path) == {"run/thesis.tex": b"mine"}
 
 
