@@ -111,6 +111,7 @@ def long_prompt_is_bounded(n: int) -> None:
     assert peak_of_prefill(model, n, 256) - model.new_cache(1, n).nbytes < bound
 
 
+@pytest.mark.slow
 def test_a_long_prompt_takes_the_cache_and_pieces_of_a_fixed_size():
     long_prompt_is_bounded(12_000)
 

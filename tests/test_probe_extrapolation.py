@@ -10,6 +10,7 @@ from evaluated import figures, loaded, nats
 from model.gpt import GPT
 
 
+@pytest.mark.slow
 def test_contexts_are_doubled_and_rope_over_all_tokens_is_stretched_with_them(run_copy, capsys):
     found = figures(run_copy, extrapolate=70, plot=True)
     as_trained = [figures(run_copy, context=n)[f"perplexity[context={n}]"] for n in (32, 64)]

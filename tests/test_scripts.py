@@ -169,6 +169,7 @@ def test_the_variants_of_the_demo_see_the_same_data_and_differ_in_attention_alon
     assert len(streams) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured_memory")
 def test_an_interrupted_demo_goes_on(tiny_demo, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
